@@ -1,0 +1,275 @@
+"""Configuration: the only place that reads YAML; imports no torch. The settings themselves: ``pipeline.settings``.
+
+Precedence: defaults < YAML files left to right < ``dotted.key=value``. A problem names its key, its value, what
+would be right and, for a key that does not exist, the nearest one that does; all problems are reported at once.
+"""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.costs import num_visible, teacher_schedule
+from pipeline.settings import Config, MAEConfig, PCAEConfig, RandSACConfig
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+__all__ = ["Config", "ConfigError", "UserError", "binding_differences", "find_config", "flatten", "load_config"]
+
+
+class UserError(Exception):
+    """A mistake of the user (configuration, missing or broken input): one clear line, exit code 2."""
+
+
+class ConfigError(UserError):
+    """All problems of a configuration, one a line, in ``problems``."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        """Keep the list; the message joins it."""
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+# Settings that may change when a run is resumed: where things lie, how often something is said, how fast it runs.
+FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "data.train", "data.val", "data.jit",
+                  "data.threads", "data.eval_crop", "train.micro_batch")  # fmt: skip
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def binding_differences(old: Config, new: Config) -> list[str]:
+    """The settings that differ and may not on resume, each as ``key: old -> new``."""
+    a, b = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    keys = sorted(key for key in a.keys() | b.keys() if not key.startswith(FREE_ON_RESUME))
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load that refuses a key given twice and reads 1e-3 as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def find_config(name: str) -> Path:
+    """The file of a configuration: a path, or a shipped one by name (``quickstart/randsac``). Raises UserError."""
+    shipped = CONFIG_DIR / f"{name}.yaml"
+    for path in (Path(name), shipped):
+        if path.is_file():
+            return path
+    known = [str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in sorted(CONFIG_DIR.rglob("*.yaml"))]
+    near = difflib.get_close_matches(name, known, 3, 0.4) or known
+    raise UserError(
+        f"no configuration {name!r}: it is neither a file nor one of the shipped ones, such as {', '.join(near)}"
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(), _Loader)  # noqa: S506  a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a configuration is a mapping of sections, not {type(tree).__name__}")
+    return tree
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text!r} is not an override; write section.key=value, such as train.global_batch=256")
+    try:
+        tree: Any = yaml.load(value, _Loader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError:
+        tree = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return cast(dict[str, Any], tree)
+
+
+def _known_keys(location: Sequence[str], method: str | None) -> list[str]:
+    methods = {"randsac": RandSACConfig, "pcae": PCAEConfig, "mae": MAEConfig}
+    if not location:
+        return list(Config.model_fields)
+    if location[0] == "method":
+        return list(methods[method].model_fields) if method in methods else ["name"]
+    field = Config.model_fields.get(location[0])
+    return list(cast(type[BaseModel], field.annotation).model_fields) if field else []
+
+
+def _explain(error: Any, tree: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """(location, sentence) of one pydantic error."""
+    method = tree["method"].get("name") if isinstance(tree.get("method"), Mapping) else None
+    location = tuple(str(part) for part in error["loc"])
+    if len(location) > 1 and location[0] == "method" and location[1] == method:
+        location = (location[0], *location[2:])  # pydantic puts the union's tag between
+    key, kind = ".".join(location), error["type"]
+    if kind == "extra_forbidden":
+        known = _known_keys(location[:-1], method)
+        near = difflib.get_close_matches(location[-1], known, 1, 0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        return location, f"{key}: there is no such setting; {hint}"
+    if kind == "missing":
+        return location, f"{key}: is required and not set"
+    if kind == "union_tag_invalid":
+        return location, f"method.name = {method!r}: should be randsac, pcae or mae"
+    if kind == "union_tag_not_found":
+        return ("method", "name"), "method.name: is required and not set: randsac, pcae or mae"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return location, f"{key} = {error['input']!r}: {message.replace('input should', 'should')}"
+
+
+def _without(tree: Mapping[str, Any], location: Sequence[str]) -> dict[str, Any]:
+    copy = dict(tree)
+    head = location[0] if location else ""
+    if head in copy:
+        if len(location) == 1 or not isinstance(copy[head], Mapping):
+            del copy[head]
+        else:
+            copy[head] = _without(copy[head], location[1:])
+    return copy
+
+
+def _check_method(cfg: Config) -> Iterable[str]:
+    method, grid, shape = cfg.method, cfg.grid, cfg.shape
+    if method.decoder_width % (2 * method.decoder_heads):
+        yield (f"method.decoder_width = {method.decoder_width}: should be a multiple of 2 x method.decoder_heads "
+               f"({method.decoder_heads})")  # fmt: skip
+    if method.decoder_width % 4:
+        yield f"method.decoder_width = {method.decoder_width}: should be a multiple of 4 for the 2-D positions"
+    if isinstance(method, RandSACConfig):
+        size, part = method.segment_size, method.partition_size
+        if grid % size:
+            sides = [n for n in range(1, grid) if grid % n == 0]
+            yield (f"method.segment_size = {size}: should divide the grid of {grid} patches "
+                   f"({cfg.data.image_size} px / {shape.patch_size}): one of {sides}")  # fmt: skip
+        elif grid == size:
+            yield f"method.segment_size = {size}: makes one segment of the whole image (K = 1): nothing is left to predict"
+        elif (grid // size) % part:
+            yield f"method.partition_size = {part}: should divide the {grid // size} segments along a side"
+        return
+    visible = num_visible(grid**2, method.mask_ratio)
+    if not 0 < visible < grid**2:
+        yield f"method.mask_ratio = {method.mask_ratio}: leaves {visible} of {grid**2} patches visible"
+    elif isinstance(method, PCAEConfig):
+        if method.stages > shape.depth:
+            yield f"method.stages = {method.stages}: should be at most {shape.depth}, the blocks of {cfg.model.name}"
+        elif not teacher_schedule(grid**2 - visible, shape.depth, method.stages, method.keep_ratio)[1]:
+            yield (f"method.keep_ratio = {method.keep_ratio}: keeps none of {grid**2 - visible} masked patches "
+                   f"after {method.stages} stages; raise it or lower method.stages")  # fmt: skip
+        if cfg.optim.ema is None:
+            yield "optim.ema: is required and not set: PCAE's teacher is an average of the encoder, such as 0.9999"
+
+
+def _check(cfg: Config) -> Iterable[str]:
+    """What no field can see alone."""
+    data, train, optim = cfg.data, cfg.train, cfg.optim
+    if data.image_size % cfg.shape.patch_size:
+        lower = data.image_size // cfg.shape.patch_size * cfg.shape.patch_size
+        yield (f"data.image_size = {data.image_size}: should be a multiple of the patch size {cfg.shape.patch_size}, "
+               f"such as {lower or cfg.shape.patch_size}")  # fmt: skip
+    else:
+        yield from _check_method(cfg)
+    if data.loader != "synthetic" and data.train is None:
+        yield f"data.train: is required and not set: the {'beton' if data.loader == 'ffcv' else 'manifest'} to train on"
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        yield f"data.crop_scale = {list(data.crop_scale)}: should be two shares of the area, 0 < low <= high <= 1"
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas = {list(optim.betas)}: should lie in [0, 1)"
+    if (train.epochs is None) == (train.steps is None):
+        yield "train.epochs, train.steps: set exactly one of the two"
+    if optim.warmup_epochs is not None and optim.warmup_steps is not None:
+        yield "optim.warmup_epochs, optim.warmup_steps: set at most one of the two"
+    if train.global_batch % cfg.micro_batch:
+        yield (f"train.global_batch = {train.global_batch}: should be a multiple of train.micro_batch ({cfg.micro_batch}); "
+               f"nearest: {max(1, math.floor(train.global_batch / cfg.micro_batch)) * cfg.micro_batch}")  # fmt: skip
+    if optim.ema is not None and not isinstance(cfg.method, PCAEConfig):
+        yield f"optim.ema = {optim.ema}: only method.name=pcae has a teacher; leave it unset"
+
+
+def _resolve_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths become absolute, so that a run goes on from any working directory."""
+    absolute = {}
+    for section, keys in {"run": ("dir",), "data": ("train", "val")}.items():
+        part = tree.get(section)
+        found = {key: part[key] for key in keys if isinstance(part.get(key), str)} if isinstance(part, Mapping) else {}
+        absolute[section] = {key: os.path.abspath(os.path.expanduser(value)) for key, value in found.items()}
+    return _merge(dict(tree), {key: value for key, value in absolute.items() if value})
+
+
+def _onoff(tree: dict[str, Any]) -> dict[str, Any]:
+    """YAML reads a bare on or off as a boolean; data.jit means the words."""
+    data = tree.get("data")
+    if isinstance(data, Mapping) and isinstance(data.get("jit"), bool):
+        return _merge(tree, {"data": {"jit": "on" if data["jit"] else "off"}})
+    return tree
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Read YAML files (paths or names of shipped ones) and overrides into a checked ``Config``.
+
+    Raises ConfigError with every problem at once, UserError for a file that is missing or not YAML.
+    """
+    tree: dict[str, Any] = {}
+    for path in paths:
+        tree = _merge(tree, _read_yaml(find_config(str(path))))
+    for text in overrides:
+        tree = _merge(tree, _override(text))
+    tree = _onoff(_resolve_paths(tree))
+    try:
+        cfg, problems, reduced = Config.model_validate(tree), [], ()
+    except ValidationError as error:
+        found = dict(_explain(item, tree) for item in error.errors())
+        problems, reduced = list(found.values()), tuple(found)
+        cfg = _repaired(tree, reduced)
+    if cfg is not None:
+        # A bad key was set aside to look further: what mentions its section's key again is not repeated.
+        shown = {".".join(location) for location in reduced}
+        problems += [text for text in _check(cfg) if not any(text.startswith(key) for key in shown)]
+    if problems or cfg is None:
+        raise ConfigError(problems)
+    return cfg
+
+
+def _repaired(tree: Mapping[str, Any], bad: Iterable[Sequence[str]]) -> Config | None:
+    """The configuration without its bad keys, when that much is enough to look for further problems."""
+    for location in bad:
+        tree = _without(tree, location)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError:
+        return None

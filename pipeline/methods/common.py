@@ -1,0 +1,146 @@
+"""What the methods share: the draws, the prediction, the loss over tokens, and figures."""
+
+import copy
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, Self
+
+import matplotlib.figure
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from pipeline.segments import segment_sizes, split_tokens
+from pipeline.vit import IMAGE_MEAN, IMAGE_STD, unpatchify
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All randomness of a batch. ``drop_path``: bool [L, 2, B], the residual branches that are kept, or None for all."""
+
+    drop_path: Tensor | None
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same draw with its tensors on ``device``."""
+        moved = copy.copy(self)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor):
+                object.__setattr__(moved, entry.name, value.to(device, non_blocking=True))
+        return moved
+
+
+@dataclass(frozen=True)
+class RankDraw(Draw):
+    """RandSAC: ``ranks`` int64 [B, N] in raster order, and the number of tokens of each rank that follows from them."""
+
+    ranks: Tensor
+    sizes: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive the sizes; raises ValueError for ranks that cannot be trained on (see ``segment_sizes``)."""
+        object.__setattr__(self, "sizes", segment_sizes(self.ranks))
+
+
+@dataclass(frozen=True)
+class MaskDraw(Draw):
+    """MAE and PCAE: ``visible_ids`` int64 [B, V] and ``masked_ids`` int64 [B, M], together a permutation of the tokens."""
+
+    visible_ids: Tensor
+    masked_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """``pred`` and ``target`` [B, T, C], the raster ids [B, T] they stand at, and a ``weight`` [B, T] of 0 or 1 in the loss."""
+
+    pred: Tensor
+    target: Tensor
+    token_ids: Tensor
+    weight: Tensor
+
+
+class Method(Protocol):
+    """What the trainer needs of a method: an ``nn.Module`` with these members."""
+
+    encoder: nn.Module
+
+    def draw(self, keys: Tensor) -> Draw:
+        """All randomness of a batch from its per-sample keys, int64 [B] on the CPU."""
+
+    def predict(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> Prediction:
+        """Predictions and targets of images uint8 [B, 3, H, W]."""
+
+    def forward(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a scalar, and detached scalars for the log."""
+
+    def layers(self) -> list[nn.Module]:
+        """The modules that checkpointing, compilation and sharding wrap, in order."""
+
+    def figure(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> Image.Image:
+        """A picture of what the method does with these images."""
+
+    def build_teacher(self) -> nn.Module | None:
+        """A module shaped like the part of the encoder that the EMA follows, same names; None without a teacher."""
+
+
+def drop_path_rates(encoder: nn.Module) -> list[float]:
+    """The stochastic-depth rate of each block."""
+    return [block.drop_rate for block in encoder.blocks]
+
+
+def mask_draw(keys: Tensor, num_tokens: int, num_visible: int, drop_path: Tensor | None) -> MaskDraw:
+    """The draw of MAE and PCAE."""
+    visible, masked = split_tokens(keys, num_tokens, num_visible)
+    return MaskDraw(drop_path, visible, masked)
+
+
+def token_mean(losses: Tensor, weight: Tensor) -> Tensor:
+    """Mean over images of (sum of weight x loss / sum of weight): the same however a batch is split. Both [B, T].
+
+    An image without a weighted token divides zero by zero and gives NaN, which the guard reports.
+    """
+    return ((losses * weight).sum(dim=1) / weight.sum(dim=1)).mean()
+
+
+def pixel_loss(prediction: Prediction) -> Tensor:
+    """Mean squared error over channels, then tokens, then images, in fp32."""
+    return token_mean((prediction.pred.float() - prediction.target).square().mean(dim=-1), prediction.weight)
+
+
+def cosine_loss(prediction: Prediction) -> Tensor:
+    """1 - cosine over channels, then the mean over tokens and images, in fp32 (PCAE spec 1.6). In [0, 2]."""
+    cosine = F.cosine_similarity(prediction.pred.float(), prediction.target, dim=-1)
+    return token_mean(1 - cosine, prediction.weight)
+
+
+def restore_pixels(rows: Tensor, like: Tensor) -> Tensor:
+    """Standardised pixel rows [B, n, p*p*C] with the mean and deviation of the true rows ``like``: the inverse of the target."""
+    deviation = (like.var(-1, keepdim=True) + 1e-6).sqrt()
+    return rows.float() * deviation + like.mean(-1, keepdim=True)
+
+
+def rows_to_image(rows: Tensor, channels: int = 3) -> np.ndarray:
+    """Normalised pixel rows [B, N, p*p*C] of whole images as displayable float arrays [B, H, W, 3] in 0..1."""
+    size = round((rows.shape[-1] // channels) ** 0.5)
+    images = unpatchify(rows.detach().float().cpu().unflatten(-1, (size, size, channels)).permute(0, 1, 4, 2, 3))
+    mean, std = torch.tensor(IMAGE_MEAN).view(3, 1, 1), torch.tensor(IMAGE_STD).view(3, 1, 1)
+    return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def panels(columns: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
+    """A grid of pictures: one titled column a stage, one row an image. Maps [H, W] are drawn in a colour scale."""
+    rows, width = len(columns[0][1]), len(columns)
+    figure = matplotlib.figure.Figure(figsize=(1.6 * width, 1.6 * rows + 0.4), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, width, squeeze=False)
+    for column, (title, pictures) in enumerate(columns):
+        axes[0, column].set_title(title, fontsize=8)
+        for row, picture in enumerate(pictures):
+            axis = axes[row, column]
+            axis.set_axis_off()
+            axis.imshow(picture, interpolation="nearest", cmap="viridis" if picture.ndim == 2 else None)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

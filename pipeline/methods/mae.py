@@ -1,0 +1,96 @@
+"""MAE: masked autoencoder with pixels normalised by patch (He et al., CVPR 2022, arXiv 2111.06377)."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.costs import num_visible
+from pipeline.methods.common import (
+    MaskDraw,
+    Prediction,
+    drop_path_rates,
+    mask_draw,
+    panels,
+    pixel_loss,
+    restore_pixels,
+    rows_to_image,
+)
+from pipeline.segments import drop_path_keep, gather_tokens
+from pipeline.vit import (
+    Decoder,
+    build_encoder,
+    encode_visible,
+    initialise,
+    normalise,
+    patchify,
+    pixel_rows,
+    sincos_2d,
+    standardise,
+)
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+
+class MAE(nn.Module):
+    """Encode the visible patches, decode all, predict the pixels of the masked ones."""
+
+    def __init__(self, cfg: "Config") -> None:
+        """Empty weights."""
+        super().__init__()
+        method, shape = cfg.method, cfg.shape
+        self.seed, self.grid, self.patch_size = cfg.train.seed, cfg.grid, shape.patch_size
+        self.num_visible = num_visible(cfg.grid**2, method.mask_ratio)
+        self.encoder = build_encoder(shape, cfg.data.image_size, class_token=True, drop_path=cfg.model.drop_path)
+        self.decoder = Decoder(cfg.grid, shape.width, method.decoder_width, method.decoder_depth, method.decoder_heads,
+                               3 * shape.patch_size**2)  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Fill all weights from the seed."""
+        initialise(self, self.seed, {
+            "encoder.pos_embed": sincos_2d(self.grid, self.encoder.embed_dim, class_token=True),
+            "decoder.pos_embed": sincos_2d(self.grid, self.decoder.pos_embed.shape[-1], class_token=True),
+        })  # fmt: skip
+
+    def draw(self, keys: Tensor) -> MaskDraw:
+        """Visible and masked token ids for each key (int64 [B], CPU)."""
+        keep = drop_path_keep(keys, drop_path_rates(self.encoder))
+        return mask_draw(keys, self.grid**2, self.num_visible, keep)
+
+    def predict(self, images: Tensor, draw: MaskDraw, teacher: nn.Module | None = None) -> Prediction:
+        """Standardised pixels of the masked patches. Images uint8 [B, 3, H, W]."""
+        patches = patchify(normalise(images), self.patch_size)
+        visible = gather_tokens(patches, draw.visible_ids)
+        encoded = encode_visible(self.encoder, visible, draw.visible_ids, draw.drop_path)
+        pred = self.decoder(encoded, draw.visible_ids, draw.masked_ids)
+        target = standardise(pixel_rows(gather_tokens(patches, draw.masked_ids)))
+        return Prediction(pred.float(), target, draw.masked_ids, torch.ones(draw.masked_ids.shape, device=pred.device))
+
+    def forward(
+        self, images: Tensor, draw: MaskDraw, teacher: nn.Module | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of standardised pixels over the masked patches."""
+        loss = pixel_loss(self.predict(images, draw))
+        return loss, {"loss": loss.detach()}
+
+    def layers(self) -> list[nn.Module]:
+        """Encoder blocks, then decoder blocks."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
+    def build_teacher(self) -> None:
+        """MAE has no teacher."""
+
+    @torch.no_grad()
+    def figure(self, images: Tensor, draw: MaskDraw, teacher: nn.Module | None = None) -> Image.Image:
+        """Image, what is visible of it, and the reconstruction with the visible patches in place."""
+        rows = pixel_rows(patchify(normalise(images), self.patch_size))
+        prediction = self.predict(images, draw)
+        index = draw.masked_ids[..., None].expand(-1, -1, rows.shape[-1])
+        restored = restore_pixels(prediction.pred, rows.gather(1, index))
+        return panels([
+            ("image", list(rows_to_image(rows))),
+            ("visible", list(rows_to_image(rows.scatter(1, index, -10.0)))),
+            ("reconstructed", list(rows_to_image(rows.scatter(1, index, restored)))),
+        ])  # fmt: skip

@@ -1,0 +1,198 @@
+"""Every setting of a run, typed: frozen pydantic models that refuse unknown keys. ``pipeline.config`` loads and checks them."""
+
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from pipeline.costs import MODELS, ModelShape
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction01 = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Interval = Annotated[tuple[float, float], Strict(False)]
+
+
+class Section(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunConfig(Section):
+    """Where a run lives. ``dir`` is its folder; ``resume``: auto continues it, never refuses one that exists, must needs one."""
+
+    dir: str
+    resume: Literal["auto", "never", "must"] = "auto"
+
+
+class RandSACConfig(Section):
+    """RandSAC: square segments of ``segment_size`` tokens a side, grouped in partitions of ``partition_size`` segments a side."""
+
+    name: Literal["randsac"]
+    segment_size: Positive = 3
+    partition_size: Positive = 2
+    decoder_depth: Positive = 8
+    decoder_width: Positive = 512
+    decoder_heads: Positive = 16
+
+
+class PCAEConfig(Section):
+    """PCAE: the teacher sees the masked tokens and keeps ``keep_ratio`` of them at each of ``stages`` drops."""
+
+    name: Literal["pcae"]
+    mask_ratio: OpenFraction = 0.75
+    stages: Positive = 3
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    decoder_depth: Positive = 8
+    decoder_width: Positive = 512
+    decoder_heads: Positive = 16
+
+
+class MAEConfig(Section):
+    """MAE with pixels normalised by patch."""
+
+    name: Literal["mae"]
+    mask_ratio: OpenFraction = 0.75
+    decoder_depth: Positive = 8
+    decoder_width: Positive = 512
+    decoder_heads: Positive = 16
+
+
+class ModelConfig(Section):
+    """The encoder. ``patch_size`` overrides the preset's; ``drop_path`` is the last block's rate, linear from 0."""
+
+    name: Literal["vit_p", "vit_t", "vit_s", "vit_b", "vit_l", "vit_h"]
+    patch_size: Positive | None = None
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class DataConfig(Section):
+    """Where images come from: a sealed beton (ffcv), a manifest of `patchmill prep scan` (folder) or generated ones (synthetic).
+
+    ``crop_scale`` is RandomResizedCrop's area range; ``eval_crop`` the share of the short side that evaluation keeps.
+    ``threads`` defaults to the CPUs this process may use. ``num_samples``, ``num_classes``: the synthetic set only.
+    """
+
+    train: str | None = None
+    val: str | None = None
+    loader: Literal["ffcv", "folder", "synthetic"] = "ffcv"
+    image_size: Positive = 224
+    crop_scale: Interval = (0.2, 1.0)
+    flip: bool = True
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    jit: Literal["auto", "on", "off"] = "auto"
+    threads: Positive | None = None
+    num_samples: Positive = 1024
+    num_classes: Positive = 10
+
+
+class TrainConfig(Section):
+    """How long and in which portions. The length is ``epochs`` or ``steps``; the micro-batch never changes the run's meaning."""
+
+    seed: int = 0
+    global_batch: Positive
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    micro_batch: Positive | Literal["auto"] = "auto"
+    deterministic: bool = False
+
+
+class OptimConfig(Section):
+    """AdamW: lr = base_lr x global_batch / 256, linear warm-up, half-cosine to 0; ``ema`` is the teacher's first momentum."""
+
+    base_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.5e-4
+    betas: Interval = (0.9, 0.95)
+    weight_decay: Rate = 0.05
+    warmup_epochs: NonNegative | None = None
+    warmup_steps: NonNegative | None = None
+    clip: Annotated[float, Field(gt=0)] | None = None
+    ema: Fraction01 | None = None
+    ema_end: Fraction01 = 1.0
+
+
+class EngineConfig(Section):
+    """How the steps are computed: one process, in fp32 or with bf16 parameters under an fp32 master."""
+
+    name: Literal["single"] = "single"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class CheckpointConfig(Section):
+    """Save every ``every_steps`` and at the end; the newest ``keep`` stay."""
+
+    every_steps: Positive = 1000
+    keep: Positive = 2
+
+
+class LogConfig(Section):
+    """A line of progress every ``every_steps``; ``log.jsonl`` holds every step."""
+
+    every_steps: Positive = 20
+
+
+class TrackingConfig(Section):
+    """MLflow. ``uri``: auto is MLFLOW_TRACKING_URI, else a sqlite file beside the run folder; none switches it off."""
+
+    uri: str = "auto"
+    experiment: str = "patchmill"
+
+
+class EvalConfig(Section):
+    """The probes: cosine kNN with weights exp(similarity / temperature), softmax regression with an L2 penalty."""
+
+    batch_size: Positive = 256
+    knn_k: Positive = 20
+    knn_temperature: Annotated[float, Field(gt=0)] = 0.07
+    linear_l2: Rate = 1e-3
+
+
+class GuardConfig(Section):
+    """Stop after ``max_nonfinite`` skipped steps in a row."""
+
+    max_nonfinite: Positive = 10
+
+
+class Config(Section):
+    """A whole run's settings; build it with ``load_config``."""
+
+    run: RunConfig
+    method: Annotated[RandSACConfig | PCAEConfig | MAEConfig, Field(discriminator="name")]
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    eval: EvalConfig = EvalConfig()
+    guard: GuardConfig = GuardConfig()
+
+    @property
+    def shape(self) -> ModelShape:
+        """The encoder's shape with the patch size that is in force."""
+        preset = MODELS[self.model.name]
+        patch = self.model.patch_size or preset.patch_size
+        return ModelShape(preset.width, preset.depth, preset.heads, patch, preset.timm_name)
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the image."""
+        return self.data.image_size // self.shape.patch_size
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate, base_lr x global_batch / 256."""
+        return self.optim.base_lr * self.train.global_batch / 256
+
+    @property
+    def micro_batch(self) -> int:
+        """The micro-batch in force; auto is the whole global batch."""
+        return self.train.global_batch if self.train.micro_batch == "auto" else self.train.micro_batch
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,233 @@
+"""timm's VisionTransformer as the encoder, the decoders, sin-cos positions and initial weights.
+
+The encoder keeps timm's parameter names, so its weights load into ``timm.create_model`` as they are. Shapes:
+B images, N patches, n tokens, D width.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.keys import hash_integers, text_key
+
+
+def _import_timm() -> Any:
+    """timm needs torchvision, whose PyPI wheel does not load beside a CPU-only torch: its C++ part finds no CUDA.
+
+    Only then two operators that its Python part looks up are declared; nothing here calls them.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if torch.version.cuda is not None or "torchvision::" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        sys.modules[__name__].__dict__["_torchvision_operators"] = library  # declared for as long as this lives
+    import timm
+
+    return timm
+
+
+timm = _import_timm()
+from timm.layers import Attention, LayerNorm, Mlp  # noqa: E402
+from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] to fp32 with ImageNet's channel mean 0 and standard deviation 1, on the images' device."""
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(1, 3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] to patches [B, N, C, p, p], raster order; channels first, as a convolution's weight."""
+    return images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor) -> Tensor:
+    """The inverse of ``patchify`` for a square image."""
+    batch, num, channels, size, _ = patches.shape
+    grid = round(num**0.5)
+    rows = patches.reshape(batch, grid, grid, channels, size, size).permute(0, 3, 1, 4, 2, 5)
+    return rows.reshape(batch, channels, grid * size, grid * size)
+
+
+def pixel_rows(patches: Tensor) -> Tensor:
+    """Patches [B, n, C, p, p] as prediction targets [B, n, p*p*C]: pixels in raster order, channels fastest, as MAE's."""
+    return patches.permute(0, 1, 3, 4, 2).flatten(2)
+
+
+def standardise(rows: Tensor) -> Tensor:
+    """Each row of the last axis with mean 0 and unbiased variance 1: (x - mean) / sqrt(var + 1e-6) (MAE; specs 1.8, 1.6)."""
+    rows = rows.float()
+    return (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def sincos_2d(grid: int, width: int, *, class_token: bool) -> Tensor:
+    """Fixed positions fp32 [1, N (+1), width]: half the channels encode the column, half the row; base 10000 (as MAE).
+
+    The class token's row, first when asked for, is zeros. Raises ValueError unless ``width`` is a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"2-D sin-cos positions need a width that is a multiple of 4, not {width}")
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    place = torch.arange(grid, dtype=torch.float64)
+    row, column = place.repeat_interleave(grid), place.repeat(grid)
+    angles = [axis[:, None] * frequency for axis in (column, row)]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    if class_token:
+        table = torch.cat([torch.zeros(1, width, dtype=torch.float64), table])
+    return table.float()[None]
+
+
+class KeyedBlock(Block):
+    """timm's block whose stochastic depth is an argument: nothing in a forward pass draws a random number."""
+
+    def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
+        """As timm's Block; ``drop_path`` is the share of samples whose branch is dropped."""
+        super().__init__(*args, **kwargs)
+        self.drop_rate = drop_path
+
+    def _branch(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        return x if keep is None else x * (keep / (1 - self.drop_rate)).to(x.dtype)[:, None, None]
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Tokens [B, n, D]; ``attn_mask`` bool, True may attend; ``keep`` bool [2, B] for attention and MLP, or None for all."""
+        attention_keep, mlp_keep = (None, None) if keep is None else (keep[0], keep[1])
+        x = x + self._branch(self.attn(self.norm1(x), attn_mask=attn_mask), attention_keep)
+        return x + self._branch(self.mlp(self.norm2(x)), mlp_keep)
+
+
+def encoder_kwargs(shape: Any, image_size: int, *, class_token: bool) -> dict[str, Any]:
+    """The keyword arguments of ``timm.create_model(shape.timm_name, ...)`` that give this encoder."""
+    return {"img_size": image_size, "patch_size": shape.patch_size, "embed_dim": shape.width, "depth": shape.depth,
+            "num_heads": shape.heads, "class_token": class_token, "global_pool": "", "num_classes": 0}  # fmt: skip
+
+
+def build_encoder(
+    shape: Any, image_size: int, *, class_token: bool, drop_path: float, kind: type[VisionTransformer] = VisionTransformer
+) -> VisionTransformer:
+    """An encoder with empty weights and frozen positions; see ``initialise``."""
+    options = encoder_kwargs(shape, image_size, class_token=class_token)
+    encoder = kind(block_fn=KeyedBlock, drop_path_rate=drop_path, norm_layer=LayerNorm, weight_init="skip", **options)
+    encoder.pos_embed.requires_grad_(False)
+    return encoder
+
+
+def embed(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
+    """Tokens [B, n, D] of patches [B, n, C, p, p] that stand at positions ``ids`` [B, n]: embedding plus position."""
+    projection = encoder.patch_embed.proj
+    tokens = F.linear(patches.flatten(2).to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
+    return tokens + encoder.pos_embed[0, encoder.num_prefix_tokens :][ids]
+
+
+def encode_visible(encoder: VisionTransformer, patches: Tensor, ids: Tensor, keep: Tensor | None) -> Tensor:
+    """Class token and visible patches through all blocks and the final norm: [B, 1 + n, D] (MAE, PCAE's student)."""
+    tokens = embed(encoder, patches, ids)
+    class_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+    x = torch.cat([class_token, tokens], dim=1)
+    for index, block in enumerate(encoder.blocks):
+        x = block(x, keep=None if keep is None else keep[index])
+    return encoder.norm(x)
+
+
+class Decoder(nn.Module):
+    """MAE's decoder: embeds the encoder's tokens, adds one mask token a query, attends over all, predicts at the queries."""
+
+    def __init__(self, grid: int, width_in: int, width: int, depth: int, heads: int, width_out: int) -> None:
+        """``grid`` patches a side; predictions have ``width_out`` channels."""
+        super().__init__()
+        self.embed = nn.Linear(width_in, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, grid**2 + 1, width), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            KeyedBlock(width, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
+        )
+        self.norm = LayerNorm(width)
+        self.head = nn.Linear(width, width_out)
+
+    def forward(self, encoded: Tensor, visible_ids: Tensor, query_ids: Tensor) -> Tensor:
+        """Encoded [B, 1 + V, D], its patch ids [B, V] and the queries' ids [B, K] to predictions [B, K, width_out]."""
+        queries = self.mask_token.expand(*query_ids.shape, -1)
+        rows = torch.cat([torch.zeros_like(visible_ids[:, :1]), visible_ids + 1, query_ids + 1], dim=1)
+        x = torch.cat([self.embed(encoded), queries], dim=1) + self.pos_embed[0][rows]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, -query_ids.shape[1] :]))
+
+
+class CrossAttention(nn.Module):
+    """Attention of queries [B, q, D] to a memory [B, s, M] of another width."""
+
+    def __init__(self, width: int, memory_width: int, heads: int) -> None:
+        """``heads`` divide ``width``."""
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(memory_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """``mask`` bool [q, s]: True may attend."""
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(memory).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm decoder block: masked self-attention, masked cross-attention, MLP (RandSAC spec 1.6)."""
+
+    def __init__(self, width: int, memory_width: int, heads: int) -> None:
+        """``memory_width`` is the encoder's width; the memory is normalised here, once a block (spec D5)."""
+        super().__init__()
+        self.norm1, self.attn = LayerNorm(width), Attention(width, heads, qkv_bias=True)
+        self.norm2, self.norm_memory = LayerNorm(width), LayerNorm(memory_width)
+        self.cross = CrossAttention(width, memory_width, heads)
+        self.norm3, self.mlp = LayerNorm(width), Mlp(width, 4 * width)
+
+    def forward(self, x: Tensor, memory: Tensor, self_mask: Tensor, memory_mask: Tensor) -> Tensor:
+        """Queries [B, q, D] and memory [B, s, M]; masks bool [q, q] and [q, s]."""
+        x = x + self.attn(self.norm1(x), attn_mask=self_mask)
+        x = x + self.cross(self.norm2(x), self.norm_memory(memory), memory_mask)
+        return x + self.mlp(self.norm3(x))
+
+
+def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """One parameter's first value, fp32 on the CPU, from a generator of its own (same under any engine and world size)."""
+    generator = torch.Generator().manual_seed(int(hash_integers(seed, text_key(name))[0]) & (2**63 - 1))
+    value = torch.empty(shape)
+    kind = name.rsplit(".", 1)[-1]
+    if kind in ("cls_token", "mask_token"):
+        return nn.init.normal_(value, std=0.02, generator=generator)
+    if kind == "bias":
+        return value.zero_()
+    if value.dim() == 1:  # the weight of a LayerNorm
+        return value.fill_(1)
+    nn.init.xavier_uniform_(value.view(shape[0], -1), generator=generator)
+    return value
+
+
+def initialise(module: nn.Module, seed: int, fixed: Mapping[str, Tensor]) -> None:
+    """Fill every parameter in place: ``fixed`` by name, else MAE's rule (Xavier-uniform matrices, N(0, 0.02) tokens).
+
+    Each value is a function of (seed, name) alone. Raises KeyError when ``fixed`` names a parameter that is not there.
+    """
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name in fixed:
+            parameters[name].copy_(fixed[name])
+        for name, parameter in parameters.items():
+            if name not in fixed:
+                parameter.copy_(_initial(name, parameter.shape, seed))
