@@ -1,7 +1,8 @@
 """What the methods share: the draws, the prediction, the loss over tokens, and figures."""
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import matplotlib.figure
@@ -34,14 +35,19 @@ class Draw:
 
 @dataclass(frozen=True)
 class RankDraw(Draw):
-    """RandSAC: ``ranks`` int64 [B, N] in raster order, and the number of tokens of each rank that follows from them."""
+    """RandSAC: ``ranks`` int64 [B, N] in raster order."""
 
     ranks: Tensor
-    sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Derive the sizes; raises ValueError for ranks that cannot be trained on (see ``segment_sizes``)."""
-        object.__setattr__(self, "sizes", segment_sizes(self.ranks))
+        """Raises ValueError for ranks that cannot be trained on (see ``segment_sizes``); on the CPU, where draws are made."""
+        if self.ranks.device.type == "cpu":
+            _ = self.sizes
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each rank. Computed before the draw moves to a device, so that no step waits for it."""
+        return segment_sizes(self.ranks)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,27 @@
+# setup, quickstart and test are all a newcomer needs; each is idempotent.
+SHELL := /bin/bash
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup quickstart test test-all lint bench
+
+setup: $(READY)
+
+$(READY): pyproject.toml .ci/constraints.txt .ci/setup
+	@bash .ci/setup && touch $@
+
+quickstart: setup
+	@time $(BIN)/patchmill quickstart
+
+test: setup
+	@time $(BIN)/pytest -m "not slow"
+
+test-all: setup
+	@time $(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The loader against FFCV's stock pipeline and PIL, on the quickstart's images.
+bench: setup
+	OMP_NUM_THREADS=1 $(BIN)/patchmill bench data runs/quickstart/data/train.beton runs/quickstart/data/train.jsonl --size 32

@@ -1,0 +1,5 @@
+"""``python -m pipeline`` is ``patchmill``."""
+
+from pipeline.cli import main
+
+main()

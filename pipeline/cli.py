@@ -1,0 +1,250 @@
+"""The command line: verbs to functions, nothing else. Everything heavy is imported by the verb that needs it."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+app = typer.Typer(
+    help="Pretrain vision transformers with RandSAC, PCAE and MAE: sealed FFCV data, exact restarts, tracked runs.\n\n"
+    "Example:  patchmill train cifar10/randsac data.train=train.beton run.dir=runs/randsac",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+prep = typer.Typer(help="Turn a folder of images into a sealed beton file: scan, write, verify.", no_args_is_help=True,
+                   rich_markup_mode=None)  # fmt: skip
+evaluate = typer.Typer(help="Probe a run's encoder with labels it has never seen.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(help="Measure against a peer in the same run.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(prep, name="prep")
+app.add_typer(evaluate, name="eval")
+app.add_typer(bench, name="bench")
+
+
+class Mode(StrEnum):
+    """How `prep write` stores an image."""
+
+    jpg = "jpg"
+    raw = "raw"
+    smart = "smart"
+    proportion = "proportion"
+
+
+class Weights(StrEnum):
+    """Which of a run's weights."""
+
+    model = "model"
+    ema = "ema"
+    untrained = "untrained"
+
+
+Settings = Annotated[
+    list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files or shipped names, then settings to change.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+WhichWeights = Annotated[Weights, typer.Option(help="Which encoder; ema is the teacher's, untrained the same one at step 0.")]
+
+
+def _config(settings: list[str]) -> "Config":
+    """Files and overrides, told apart by the equals sign."""
+    from pipeline.config import load_config
+
+    return load_config([s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+
+
+def _say(report: Any) -> None:
+    typer.echo(str(report))
+
+
+@app.command()
+def train(settings: Settings) -> None:
+    """Pretrain in this process; continues a run whose folder exists.
+
+    Example: patchmill train cifar10/mae data.train=train.beton run.dir=runs/mae train.epochs=5
+    """
+    cfg = _config(settings)
+    from pipeline.train import train
+
+    raise typer.Exit(train(cfg))
+
+
+@app.command()
+def check(settings: Settings) -> None:
+    """Validate a configuration, the data's seals and the environment; every problem at once.
+
+    Example: patchmill check cifar10/pcae data.train=train.beton run.dir=runs/pcae
+    """
+    from pipeline.check import check
+
+    _say(check(_config(settings)))
+
+
+@prep.command()
+def scan(
+    source: Annotated[Path, typer.Argument(help="A folder with one sub-folder of images a class.")],
+    manifest: Annotated[Path, typer.Argument(help="The manifest to write, such as train.jsonl.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that decode.")] = 2,
+) -> None:
+    """Decode every image; list the good ones in a manifest, the others in a quarantine list.
+
+    Example: patchmill prep scan imagenet/train train.jsonl --workers 16
+    """
+    from data_prep.scan import scan
+    from pipeline.metrics import Progress
+
+    with Progress("scan", None, "image") as progress:
+        report = scan(source, manifest, workers=workers, progress=progress.update)
+    _say(report)
+
+
+@prep.command()
+def write(
+    manifest: Annotated[Path, typer.Argument(help="The manifest that scan wrote.")],
+    beton: Annotated[Path, typer.Argument(help="The file to write, such as train.beton.")],
+    mode: Annotated[Mode, typer.Option(help="jpg (a JPEG's own bytes where possible), raw, smart or proportion.")] = Mode.jpg,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Shrink larger images to this longer side, pixels.")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality where an image is encoded again.")] = 90,
+    smart_threshold: Annotated[int | None, typer.Option(min=1, help="smart: raw images over this many bytes become JPEG.")] = None,
+    proportion: Annotated[float, typer.Option(min=0, max=1, help="proportion: the share that becomes JPEG.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="proportion: which images.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that encode.")] = 2,
+) -> None:
+    """Write a sealed beton; goes on where a killed one stopped, and ends byte-identical.
+
+    Example: patchmill prep write train.jsonl train.beton --mode jpg --max-side 500
+    """
+    from data_prep.write import write
+    from pipeline.metrics import Progress
+
+    with Progress("write", None, "image") as progress:
+        report = write(manifest, beton, mode=mode.value, max_side=max_side, quality=quality,  # type: ignore[arg-type]
+                       smart_threshold=smart_threshold, proportion=proportion, seed=seed, workers=workers,
+                       progress=progress.update)  # fmt: skip
+    _say(report)
+
+
+@prep.command()
+def verify(
+    beton: Annotated[Path, typer.Argument(help="A sealed beton.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read and decode.")] = 2,
+) -> None:
+    """Prove a beton: every hash, every sample decoded, FFCV's own reader.
+
+    Example: patchmill prep verify train.beton
+    """
+    from data_prep.verify import verify
+    from pipeline.metrics import Progress
+
+    with Progress("verify", None, "image") as progress:
+        report = verify(beton, workers=workers, progress=progress.update)
+    _say(report)
+
+
+@evaluate.command()
+def knn(run: RunDir, weights: WhichWeights = Weights.model) -> None:
+    """Nearest-neighbour accuracy on data.val with data.train as the memory.
+
+    Example: patchmill eval knn runs/mae --weights untrained
+    """
+    from pipeline.evaluate import probe
+
+    _say(probe(run, "knn", weights.value))
+
+
+@evaluate.command()
+def linear(run: RunDir, weights: WhichWeights = Weights.model) -> None:
+    """Accuracy of a softmax regression on cached features.
+
+    Example: patchmill eval linear runs/mae
+    """
+    from pipeline.evaluate import probe
+
+    _say(probe(run, "linear", weights.value))
+
+
+@app.command()
+def visualize(
+    run: RunDir,
+    images: Annotated[int, typer.Option(min=1, help="How many images.")] = 6,
+    out: Annotated[Path | None, typer.Option(help="The picture; default: in the run's figures.")] = None,
+) -> None:
+    """Draw what a run's method does: RandSAC's segments, order and predictions, PCAE's kept tokens, MAE's reconstruction.
+
+    Example: patchmill visualize runs/randsac --images 8
+    """
+    from pipeline.visualize import visualize
+
+    _say(visualize(run, images, out))
+
+
+@app.command()
+def export(
+    run: RunDir,
+    out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    weights: WhichWeights = Weights.model,
+) -> None:
+    """Write the encoder as safetensors that timm loads, and print the call that loads it.
+
+    Example: patchmill export runs/mae encoder.safetensors
+    """
+    from pipeline.export import export
+
+    _say(export(run, out, weights.value))
+
+
+@app.command()
+def sync(
+    run: RunDir,
+    uri: Annotated[str | None, typer.Option(help="Another MLflow store than the run's own.")] = None,
+) -> None:
+    """Send to MLflow what is in the run's log and not there yet.
+
+    Example: patchmill sync runs/mae --uri http://127.0.0.1:5000
+    """
+    from pipeline.tracking import sync
+
+    _say(sync(run, uri))
+
+
+@bench.command()
+def data(
+    beton: Annotated[Path, typer.Argument(help="A sealed beton.")],
+    manifest: Annotated[Path, typer.Argument(help="The manifest it was written from.")],
+    size: Annotated[int, typer.Option(min=1, help="Crop side, pixels.")] = 224,
+) -> None:
+    """Images per CPU second of our loader, FFCV's stock pipeline and PIL, one thread, interleaved.
+
+    Example: patchmill bench data train.beton train.jsonl
+    """
+    from pipeline.bench.data import run
+
+    _say(run(beton, manifest, size))
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="Where data and runs go.")] = Path("runs/quickstart"),
+) -> None:
+    """The whole chain on drawn images: pack, pretrain the three methods, probe, draw, track. About five minutes.
+
+    Example: patchmill quickstart --folder runs/quickstart
+    """
+    from pipeline.quickstart import quickstart
+
+    raise typer.Exit(quickstart(folder))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one clear message and exit code 2."""
+    try:
+        app()
+    except Exception as error:
+        from pipeline.config import UserError  # pydantic is not needed for --help
+
+        if not isinstance(error, UserError):
+            raise
+        sys.stderr.write(f"patchmill: {error}\n")
+        sys.exit(2)

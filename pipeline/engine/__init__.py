@@ -1,0 +1,45 @@
+"""Engines compute steps; nothing outside asks which one it is."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pipeline.methods.common import Draw, Method
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Device scalars: the global gradient norm before clipping, and 1.0 if the step was skipped as not finite."""
+
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class Engine(Protocol):
+    """The face of every engine. ``ema`` holds the teacher's fp32 weights by name, empty without a teacher."""
+
+    method: "Method"
+    ema: dict[str, Tensor]
+
+    def micro_step(self, images: Tensor, draw: "Draw", num_micro: int, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one of ``num_micro`` micro-batches; the loss is divided by ``num_micro`` here, once."""
+
+    def step(self, lr: float, clip: float | None, momentum: float) -> StepReport:
+        """Clip by the global norm, update the weights unless the gradient is not finite, move the teacher."""
+
+    def call(self, name: str, *args: Any) -> Any:
+        """A read-only method (predict, figure) with all parameters at hand."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, teacher, moments and Adam's counts under the plain module's names; loading fills them in place."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over a state that ``state()`` had the shape of."""
+
+    def full_params(self) -> dict[str, Tensor]:
+        """All parameters in fp32 on the CPU."""
+
+
+__all__ = ["Engine", "StepReport"]

@@ -1,0 +1,37 @@
+"""The encoder for other programs: safetensors under timm's parameter names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from pipeline.runs import restore
+from pipeline.vit import encoder_kwargs
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Where the weights are and the call of ``timm.create_model`` that takes them."""
+
+    path: Path
+    name: str
+    kwargs: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Python that loads the file."""
+        arguments = "".join(f", {key}={value!r}" for key, value in self.kwargs.items())
+        return (f"wrote {self.path}; load it with\n"
+                f"  model = timm.create_model({self.name!r}{arguments})\n"
+                f"  model.load_state_dict(safetensors.torch.load_file({str(self.path)!r}), strict=True)")  # fmt: skip
+
+
+def export(run_dir: Path, out: Path, weights: str = "model") -> ExportReport:
+    """Write the encoder of a run's newest checkpoint. Raises UserError as ``pipeline.runs.restore``."""
+    cfg, method, _, step = restore(Path(run_dir).resolve(), weights)
+    encoder = method.encoder
+    kwargs = encoder_kwargs(cfg.shape, cfg.data.image_size, class_token=encoder.has_class_token)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"method": cfg.method.name, "step": str(step), "weights": weights, "timm_model": cfg.shape.timm_name}
+    save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, out, metadata=metadata)
+    return ExportReport(out, cfg.shape.timm_name, kwargs)

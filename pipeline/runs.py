@@ -1,0 +1,126 @@
+"""A run's folder: who may write to it, what it holds, and how its trained method comes back."""
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline import checkpoint
+from pipeline.config import Config, UserError, binding_differences, load_config
+from pipeline.data import Loader, open_loader
+from pipeline.methods import build_method
+from pipeline.runlog import LOG
+
+log = logging.getLogger("patchmill")
+
+CONFIG = "config.yaml"
+WHY = "why_stopped.json"
+
+
+def read_config(run_dir: Path) -> Config:
+    """The resolved configuration of a run. Raises UserError when the folder is not a run."""
+    if not (run_dir / CONFIG).is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG}; give the run.dir of `patchmill train`")
+    return load_config([run_dir / CONFIG])
+
+
+@contextmanager
+def open_run(cfg: Config) -> Iterator[Path]:
+    """The run folder (mode 0700), locked for this process, holding the resolved configuration.
+
+    Raises UserError when another process trains here, when the folder holds a run of another configuration (the
+    difference is printed), or when ``run.resume`` forbids what would happen.
+    """
+    folder = Path(cfg.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"run.dir = {folder}: cannot be written ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"run.dir = {folder}: another process is training there") from None
+        _admit(cfg, folder)
+        yield folder
+
+
+def _admit(cfg: Config, folder: Path) -> None:
+    # A start that was refused (no data, say) leaves a configuration but no log: nothing that could be lost.
+    exists = (folder / CONFIG).is_file() and (folder / LOG).is_file()
+    if exists and cfg.run.resume == "never":
+        raise UserError(f"run.dir = {folder}: holds a run already and run.resume = never; choose another folder")
+    if cfg.run.resume == "must" and not checkpoint.candidates(folder / "checkpoints"):
+        raise UserError(f"run.dir = {folder}: holds no checkpoint and run.resume = must")
+    if exists:
+        differences = binding_differences(read_config(folder), cfg)
+        if differences:
+            raise UserError(f"run.dir = {folder}: holds a run of another configuration; choose another folder or put back "
+                            + "; ".join(differences))  # fmt: skip
+    temporary = folder / f".{CONFIG}.partial"
+    temporary.write_text(cfg.to_yaml())
+    temporary.rename(folder / CONFIG)
+
+
+def write_why(folder: Path, *, done: bool, reason: str, step: int, restarts: int) -> None:
+    """Record why the process ended, atomically: what dependents look at."""
+    temporary = folder / f".{WHY}.partial"
+    temporary.write_text(json.dumps({"done": done, "reason": reason, "step": step, "restarts": restarts}) + "\n")
+    os.replace(temporary, folder / WHY)
+
+
+def open_images(cfg: Config, which: Literal["train", "val"], *, augment: bool) -> Loader:
+    """The loader of a run's training or validation images. Raises UserError when they are not set or broken.
+
+    The synthetic loader has one set: its validation images are the training ones, cut from the centre.
+    """
+    data = cfg.data
+    path = data.train if which == "train" else data.val
+    if path is None and data.loader != "synthetic":
+        raise UserError(f"data.{which}: is required here and not set; add data.{which}=PATH")
+    steps = cfg.train.steps
+    return open_loader(
+        data.loader, path, image_size=data.image_size, seed=cfg.train.seed, augment=augment, crop_scale=data.crop_scale,
+        flip=data.flip, eval_crop=data.eval_crop, threads=data.threads or len(os.sched_getaffinity(0)),
+        jit=data.jit if augment or data.jit != "auto" else "off", num_samples=data.num_samples,
+        num_classes=data.num_classes, expected_images=steps * cfg.train.global_batch if steps else None,
+    )  # fmt: skip
+
+
+def restore(run_dir: Path, weights: str = "model") -> tuple[Config, Any, Any, int]:
+    """(configuration, method, teacher or None, step) of a run's newest whole checkpoint, on the CPU in fp32.
+
+    ``weights``: model (the trained encoder), ema (the teacher's average in its place) or untrained (step 0).
+    Raises UserError when there is no checkpoint, or no average.
+    """
+    cfg = read_config(run_dir)
+    method, teacher = build_method(cfg), None
+    if weights == "untrained":
+        return cfg, method, None, 0
+    path = checkpoint.choose(run_dir / "checkpoints")
+    if path is None:
+        raise UserError(f"{run_dir} holds no checkpoint yet; train it first: patchmill train {run_dir / CONFIG}")
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in method.named_parameters()}
+    average = {}
+    twin = method.build_teacher()
+    if twin is not None:
+        teacher = twin.to_empty(device="cpu")
+        own = dict(method.encoder.named_parameters())
+        average = {f"ema.encoder.{n}": p.detach() for n, p in teacher.named_parameters() if own[n].requires_grad}
+    elif weights == "ema":
+        raise UserError(f"{run_dir}: {cfg.method.name} keeps no average of its weights; use the model's")
+    checkpoint.load(path, {**tensors, **average})
+    if teacher is not None:
+        with torch.no_grad():
+            teacher.pos_embed.copy_(method.encoder.pos_embed)
+            if weights == "ema":
+                for name, parameter in teacher.named_parameters():
+                    own[name].copy_(parameter)
+    return cfg, method, teacher, int(checkpoint.read_state(path)["step"])

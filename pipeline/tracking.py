@@ -1,0 +1,230 @@
+"""MLflow behind ``log.jsonl``: what the log says reaches the server sooner or later, once, and never holds training up.
+
+MLflow deletes no point and its client may block for minutes, hence: everything is in the log first; a background
+thread sends it on; whenever that thread is unsure (a new process, an outage, a full queue) it asks the server for the
+last step of each metric and goes on from there in the log. ``sync`` compares whole histories instead and fills any gap.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import UserError, flatten, load_config
+from pipeline.mlflow_run import STATE, Remote, brief, load_state, only_writer, points_of, prepare_mlflow, redact, save_state
+from pipeline.runlog import LOG, Record, RunLog, discard_after, read_log, read_whole
+
+__all__ = ["MlflowSink", "RunLog", "SyncReport", "discard_after", "read_log", "resolve_uri", "sync"]
+
+FLUSH_S = 5.0
+MAX_RETRY_S = 30.0
+QUEUE_RECORDS = 10_000
+
+log = logging.getLogger("patchmill")
+
+
+def resolve_uri(setting: str, run_dir: Path) -> str | None:
+    """``tracking.uri`` in force: auto is MLFLOW_TRACKING_URI, else a sqlite file beside the run; none is None."""
+    if setting == "none":
+        return None
+    if setting == "auto":
+        setting = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    if setting.startswith("sqlite:///"):
+        return f"sqlite:///{Path(setting.removeprefix('sqlite:///')).resolve()}"
+    return setting
+
+
+class MlflowSink:
+    """Sends a run to MLflow from a thread of its own. No call raises; only ``close`` waits, to its deadline."""
+
+    def __init__(self, run_dir: Path, uri: str | None, experiment: str, run_name: str, params: Mapping[str, Any],
+                 tags: Mapping[str, str]) -> None:  # fmt: skip
+        """Starts the thread; it imports MLflow, connects, and catches up with the log. ``uri=None`` sends nothing.
+
+        ``params`` have dotted keys. A run folder that has a run in the store already continues that one.
+        """
+        self._dir, self._uri, self._params = run_dir, uri, params
+        self._tags = {name: redact(value) for name, value in tags.items()}
+        self._state = load_state(run_dir, experiment=experiment, run_name=run_name)
+        self._state["tags"] |= self._tags
+        if not (run_dir / STATE).exists():
+            save_state(run_dir, self._state)  # sync makes the same run from it, should nothing ever connect
+        self._queue: queue.Queue[Record | Path] = queue.Queue(QUEUE_RECORDS)
+        self._closing, self._behind, self._complete = threading.Event(), True, False
+        self._status, self._last_step, self._said = "FINISHED", -1, set[str]()
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True) if uri else None
+        if self._thread:
+            prepare_mlflow()
+            self._thread.start()
+
+    def log(self, step: int, record: Record) -> None:
+        """Take over a record that is in the log already. When the queue is full the thread reads it there."""
+        if self._thread:
+            self._last_step = step
+            self._put(record)
+
+    def log_figure(self, path: Path) -> None:
+        """Take over a picture in the run's ``figures`` folder that is written already."""
+        if self._thread:
+            self._put(path)
+
+    def _put(self, item: Record | Path) -> None:
+        try:
+            self._queue.put_nowait(item)
+        except queue.Full:
+            self._behind = True
+
+    def close(self, status: str = "FINISHED", deadline_s: float = 10.0) -> None:
+        """Send what is left, set the run's status (FINISHED, KILLED or FAILED); a warning says what did not make it."""
+        if not self._thread:
+            return
+        self._status = status
+        self._closing.set()
+        self._thread.join(deadline_s)
+        if not self._complete:
+            log.warning("MLflow has this run up to step %d of %d; the log has the rest: patchmill sync %s sends it",
+                        self._state["sent_step"], self._last_step, self._dir)  # fmt: skip
+
+    def _say_once(self, text: str, error: BaseException) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("MLflow (%s) %s", redact(str(self._uri)), f"{text}: {brief(error)}")
+
+    def _run(self) -> None:
+        wait_s = 1.0
+        while not self._complete:
+            try:
+                with only_writer(self._dir):
+                    self._feed()
+            except Exception as error:  # whatever MLflow raises must not reach training
+                self._say_once("takes nothing now; training goes on, the log has all of it, trying again", error)
+                if self._closing.is_set():
+                    return
+                self._behind = True
+                self._closing.wait(wait_s)
+                wait_s = min(2 * wait_s, MAX_RETRY_S)
+
+    def _feed(self) -> None:
+        """One connection, until the end or until it fails."""
+        remote = Remote(self._dir, self._state, str(self._uri))
+        remote.set_status("RUNNING")
+        remote.describe(self._params, self._tags)
+        self._send_files(remote)
+        monitor = _start_monitor(remote.run_id, str(self._uri))
+        try:
+            while True:
+                closing = self._closing.wait(FLUSH_S)
+                self._send_queue(remote)
+                if closing and self._queue.empty() and not self._behind:
+                    break
+        finally:
+            monitor.finish()
+        self._send_files(remote)
+        remote.set_status(self._status)
+        self._complete = True
+
+    def _send_queue(self, remote: Remote) -> None:
+        behind, self._behind = self._behind, False
+        items: list[Record | Path] = []
+        with contextlib.suppress(queue.Empty):
+            while len(items) < QUEUE_RECORDS:
+                items.append(self._queue.get_nowait())
+        # The queue is emptied before the log is read: a record that comes in between is in both and counts once.
+        records = read_whole(self._dir / LOG)[0] if behind else [item for item in items if isinstance(item, dict)]
+        remote.send_new(records)
+        if any(isinstance(item, Path) for item in items):
+            self._send_files(remote)
+
+    def _send_files(self, remote: Remote) -> None:
+        try:
+            remote.send_files()
+        except Exception as error:  # an artifact store may be closed to us while the metrics' is open
+            self._say_once("takes no files; metrics go on, patchmill sync sends the files later", error)
+
+
+def _start_monitor(run_id: str, uri: str) -> Any:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What ``sync`` did: points sent now and found there, files sent, the run's status."""
+
+    uri: str
+    run_id: str
+    sent: int
+    present: int
+    files: int
+    status: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return (f"{self.uri}: run {self.run_id} ({self.status}): {self.sent} points sent, {self.present} were there, "
+                f"{self.files} files sent")  # fmt: skip
+
+
+def _status_of(run_dir: Path, records: Sequence[Record]) -> str:
+    with (run_dir / ".lock").open("w") as file:  # held by the process that trains here
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "RUNNING"
+    turns = [record["kind"] for record in records if record["kind"] in ("start", "resume", "stop")]
+    why = run_dir / "why_stopped.json"
+    if turns[-1:] != ["stop"] or not why.exists():
+        return "KILLED"
+    stopped = json.loads(why.read_text())
+    if stopped["done"]:
+        return "FINISHED"
+    return "KILLED" if stopped["reason"].startswith("stopped by") else "FAILED"
+
+
+def _replay(run_dir: Path, state: Record, uri: str, records: Sequence[Record]) -> SyncReport:
+    remote = Remote(run_dir, state, uri)
+    config = run_dir / "config.yaml"
+    remote.describe(flatten(load_config([config]).model_dump(mode="json")) if config.exists() else {}, state["tags"])
+    points = {(point.key, point.step): point for record in records for point in points_of(record)}
+    there = {(key, step) for key in {key for key, _ in points} for step in remote.steps_of(key)}
+    missing = [point for place, point in points.items() if place not in there]
+    remote.send(missing)
+    files, status = remote.send_files(), _status_of(run_dir, records)
+    remote.set_status(status)
+    return SyncReport(redact(uri), remote.run_id, len(missing), len(points) - len(missing), files, status)
+
+
+def sync(run_dir: Path, uri: str | None = None) -> SyncReport:
+    """Send to MLflow what the run folder has and the run in the store has not; makes the run if there is none.
+
+    ``uri`` defaults to where the run was sent before. Raises UserError when the folder has no log, no store is known,
+    another process sends this run, or the store does not answer (within the client's timeout).
+    """
+    if not (run_dir / LOG).exists():
+        raise UserError(f"{run_dir} is not a run folder: it has no {LOG}; give the run.dir of `patchmill train`")
+    state = load_state(run_dir)
+    target = resolve_uri(uri or state["uri"] or "none", run_dir)
+    if target is None:
+        raise UserError(f"{run_dir} was never sent to MLflow: name a store with --uri, such as http://127.0.0.1:5000")
+    prepare_mlflow()
+    from mlflow import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with only_writer(run_dir):
+            return _replay(run_dir, state, target, read_log(run_dir / LOG))
+    except BlockingIOError:
+        raise UserError(f"{run_dir}: another process sends this run to MLflow; try again when it has ended") from None
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        raise UserError(f"MLflow ({redact(target)}) cannot be reached or refuses: {brief(error)}; start it, or name "
+                        "another store with --uri") from error  # fmt: skip

@@ -1,0 +1,256 @@
+"""Training: build in order, then the loop. The only module that sees everything."""
+
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import checkpoint, order
+from pipeline.config import Config, UserError, flatten
+from pipeline.data import Batch
+from pipeline.engine import Engine
+from pipeline.engine.torch import TorchEngine
+from pipeline.estimate import flops_per_image
+from pipeline.guard import NonFiniteGuard, StopRequest
+from pipeline.metrics import Meter, Progress, setup_logging
+from pipeline.optim import lr_at, momentum_at
+from pipeline.runs import open_images, open_run, write_why
+from pipeline.tracking import MlflowSink, RunLog, discard_after, read_log, resolve_uri
+
+log = logging.getLogger("patchmill")
+
+DONE, STOPPED = 0, 75
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run in steps, from its configuration and the number of samples."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+
+    @classmethod
+    def of(cls, cfg: Config, num_samples: int) -> "Plan":
+        """Raises UserError when the data do not fill one batch, or the warm-up is longer than the run."""
+        try:
+            per_epoch = order.steps_per_epoch(num_samples, cfg.train.global_batch)
+        except ValueError as error:
+            raise UserError(f"train.global_batch = {cfg.train.global_batch}: {error}") from None
+        total = cfg.train.steps or per_epoch * (cfg.train.epochs or 0)
+        warmup = cfg.optim.warmup_steps or per_epoch * (cfg.optim.warmup_epochs or 0)
+        if warmup >= total:
+            raise UserError(f"optim.warmup_epochs, optim.warmup_steps: {warmup} steps of warm-up in a run of {total} steps")
+        return cls(per_epoch, total, warmup)
+
+
+class StepBuffer:
+    """Training lines whose numbers are still on the device; one transfer a log interval turns them into log lines."""
+
+    def __init__(self, batch: int, run_log: RunLog, sink: MlflowSink, guard: NonFiniteGuard) -> None:
+        """Lines of steps of ``batch`` images go to ``run_log`` first, then to ``sink``."""
+        self.batch, self.run_log, self.sink, self.guard = batch, run_log, sink, guard
+        self.meter, self.known = Meter(), list[dict[str, float]]()
+
+    def add(self, step: int, epoch: int, lr: float, scalars: dict[str, Tensor], waited_s: float) -> None:
+        """One step's device scalars, and the seconds it waited for data."""
+        self.meter.add(scalars, self.batch, waited_s)
+        self.known.append({"step": step, "samples_seen": step * self.batch, "epoch": epoch, "lr": lr})
+
+    def flush(self) -> dict[str, float]:
+        """Write a line a step and restart the clock; returns the interval's means. Raises NonFinite by the guard's verdict."""
+        means = self.meter.flush()
+        known, self.known = self.known, []
+        verdicts = []
+        for fields, row in zip(known, self.meter.rows, strict=True):
+            skipped = bool(row.pop("skipped"))
+            verdicts.append((int(fields["step"]), skipped))
+            if skipped:
+                self.run_log.write("skip", step=fields["step"], reason="the gradient is not finite")
+            self.sink.log(int(fields["step"]), self.run_log.write("train", **fields, **row))
+        for verdict in verdicts:
+            self.guard.observe(*verdict)
+        return means
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _versions() -> dict[str, str]:
+    names = ("patchmill", "torch", "timm", "ffcv", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+class Trainer:
+    """A run in this process. ``run()`` trains to the end or to a signal and returns the exit code."""
+
+    def __init__(self, cfg: Config, folder: Path) -> None:
+        """Opens the data, builds the engine and takes up the newest checkpoint."""
+        self.cfg, self.folder, self.checkpoints = cfg, folder, folder / "checkpoints"
+        if cfg.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        self.loader = open_images(cfg, "train", augment=True)
+        self.plan = Plan.of(cfg, self.loader.num_samples)
+        self.engine: Engine = TorchEngine(cfg, _device())
+        self.skipped_ranges: list[tuple[int, int]] = []
+        self.step = self._resume()
+        self.restarts = sum(line["kind"] == "resume" for line in read_log(folder / "log.jsonl"))
+        discard_after(folder, self.step)
+        self._keep_seal()
+        self.run_log = RunLog(folder / "log.jsonl")
+        self.sink = MlflowSink(folder, resolve_uri(cfg.tracking.uri, folder), cfg.tracking.experiment, folder.name,
+                               params=flatten(cfg.model_dump(mode="json")), tags={"method": cfg.method.name})  # fmt: skip
+        self.buffer = StepBuffer(cfg.train.global_batch, self.run_log, self.sink, self.guard)
+
+    def _resume(self) -> int:
+        """Load the newest whole checkpoint; the step it holds, or 0."""
+        path = checkpoint.choose(self.checkpoints)
+        state: dict[str, Any] = checkpoint.read_state(path) if path else {}
+        self.guard = NonFiniteGuard(self.cfg.guard.max_nonfinite, state.get("nonfinite_streak", 0))
+        if path is None:
+            return 0
+        if state["image_set"] != self.loader.image_set:
+            raise UserError(f"data.train = {self.cfg.data.train}: holds another image set than the one that {path} was trained "
+                            f"on ({self.loader.image_set[:12]} instead of {state['image_set'][:12]})")  # fmt: skip
+        if state["torch_threads"] != torch.get_num_threads():
+            log.warning("torch runs on %d threads, the checkpoint's run on %d: sums may differ in the last bits",
+                        torch.get_num_threads(), state["torch_threads"])  # fmt: skip
+        tensors = self.engine.state()
+        checkpoint.load(path, tensors)
+        self.engine.load(tensors)
+        self.skipped_ranges = [tuple(pair) for pair in state["skipped_ranges"]]
+        return int(state["step"])
+
+    def _keep_seal(self) -> None:
+        """The data's seal in the run folder: what these images were stays known when the file is gone."""
+        seal = Path(f"{self.cfg.data.train}.seal.json")
+        if self.cfg.data.loader == "ffcv" and seal.is_file():
+            shutil.copyfile(seal, self.folder / "data_seal.json")
+
+    def save(self) -> bool:
+        """Save and retain; on failure the last good checkpoint stays, the log says so, and training goes on."""
+        self.buffer.flush()
+        state = {
+            "samples_seen": self.step * self.cfg.train.global_batch, "skipped_ranges": self.skipped_ranges,
+            "nonfinite_streak": self.guard.streak, "image_set": self.loader.image_set,
+            "torch_threads": torch.get_num_threads(), "config": self.cfg.model_dump(mode="json"), "versions": _versions(),
+        }  # fmt: skip
+        started = time.perf_counter()
+        try:
+            path = checkpoint.save(self.checkpoints, self.step, self.engine.state(), state)
+        except checkpoint.CheckpointError as error:
+            log.error("%s; the last good checkpoint stays, training goes on", error)
+            self.run_log.write("checkpoint", step=self.step, saved=False, reason=str(error))
+            return False
+        finally:
+            self.buffer.flush()  # the pause is not training time
+        checkpoint.retain(self.checkpoints, self.cfg.checkpoint.keep)
+        self.run_log.write("checkpoint", step=self.step, saved=True, path=path.name, seconds=time.perf_counter() - started)
+        return True
+
+    def _update(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
+        """One optimizer step on one global batch: the learning rate and the step's device scalars."""
+        cfg, plan = self.cfg, self.plan
+        num_micro = cfg.train.global_batch // cfg.micro_batch
+        scalars: dict[str, Tensor] = {}
+        for index in range(num_micro):
+            part = slice(index * cfg.micro_batch, (index + 1) * cfg.micro_batch)
+            draw = self.engine.method.draw(batch.keys[part])
+            logs = self.engine.micro_step(batch.images[part], draw, num_micro, index == num_micro - 1)
+            scalars = {name: scalars.get(name, 0) + value / num_micro for name, value in logs.items()}
+        lr = lr_at(self.step, plan.total_steps, plan.warmup_steps, cfg.lr)
+        ema = cfg.optim.ema if cfg.optim.ema is not None else 1.0
+        report = self.engine.step(lr, cfg.optim.clip, momentum_at(self.step, plan.total_steps, ema, cfg.optim.ema_end))
+        return lr, {**scalars, "grad_norm": report.grad_norm, "skipped": report.skipped}
+
+    def run(self) -> int:
+        """Train to the end or to a signal; returns the exit code."""
+        cfg, plan = self.cfg, self.plan
+        kind = "resume" if self.step else "start"
+        self.restarts += kind == "resume"
+        self.run_log.write(kind, step=self.step, total_steps=plan.total_steps, lr=cfg.lr, base_lr=cfg.optim.base_lr,
+                           flops_per_image=flops_per_image(cfg).step, versions=_versions())  # fmt: skip
+        log.info("%s %s %s: step %d of %d, %d images, batch %d, lr %.3g (base_lr %.3g x %d / 256)", kind, cfg.method.name,
+                 cfg.model.name, self.step, plan.total_steps, self.loader.num_samples, cfg.train.global_batch, cfg.lr,
+                 cfg.optim.base_lr, cfg.train.global_batch)  # fmt: skip
+        steps = order.run_order(cfg.train.seed, self.step, plan.total_steps, self.loader.num_samples,
+                                cfg.train.global_batch, self.skipped_ranges)  # fmt: skip
+        self.batches = self.loader.batches(steps)
+        status = "FAILED"
+        try:
+            with StopRequest() as stop, Progress(f"train {cfg.method.name}", plan.total_steps, "step") as progress:
+                saved = self._loop(stop, progress)
+            code = self._finish(stop.requested, saved)
+            status = {DONE: "FINISHED", STOPPED: "KILLED"}.get(code, "FAILED")
+            return code
+        except BaseException as error:
+            self.run_log.write("stop", step=self.step, reason=f"{type(error).__name__}: {error}")
+            write_why(self.folder, done=False, reason=str(error) or type(error).__name__, step=self.step, restarts=self.restarts)
+            raise
+        finally:
+            self.batches.close()
+            self.loader.close()
+            self.sink.close(status)
+
+    def _loop(self, stop: StopRequest, progress: Progress) -> bool:
+        """The loop; returns whether the last state is saved."""
+        cfg, saved, waited = self.cfg, self.step > 0, 0.0
+        progress.update(self.step)
+        for batch in self.batches:
+            epoch = self.step // self.plan.steps_per_epoch
+            lr, scalars = self._update(batch)
+            self.step += 1
+            saved = False
+            self.buffer.add(self.step, epoch, lr, scalars, self.batches.waited - waited)
+            waited = self.batches.waited
+            if self.step % cfg.log.every_steps == 0:
+                means = self.buffer.flush()
+                progress.update(self.step, text=f"loss {means['loss']:.4f}  {means['images_per_s']:.0f} images/s")
+            if self.step % cfg.checkpoint.every_steps == 0:
+                saved = self.save()
+            if stop.requested:
+                break
+        progress.update(self.step)
+        return saved or self.save()
+
+    def _finish(self, signal_name: str | None, saved: bool) -> int:
+        """Say why it ended; draw a figure at the end of a run."""
+        done = self.step == self.plan.total_steps
+        reason = "done" if done else f"stopped by {signal_name}"
+        if done:
+            self._figure()
+        self.run_log.write("stop", step=self.step, reason=reason)
+        write_why(self.folder, done=done and saved, reason=reason if saved else f"{reason}, but the last state could not be saved",
+                  step=self.step, restarts=self.restarts)  # fmt: skip
+        log.info("%s at step %d of %d", reason, self.step, self.plan.total_steps)
+        if not saved:
+            return 1
+        return DONE if done else STOPPED
+
+    def _figure(self, num_images: int = 6) -> None:
+        """What the method does with the first images, as a picture in the run folder and in MLflow."""
+        ids = torch.arange(min(num_images, self.loader.num_samples)).numpy()
+        with self.loader.batches(iter([(0, ids)])) as batches:
+            batch = next(iter(batches))
+        path = self.folder / "figures" / f"{self.cfg.method.name}_step{self.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        self.engine.call("figure", batch.images, self.engine.method.draw(batch.keys)).save(path)
+        self.sink.log_figure(path)
+
+
+def train(cfg: Config) -> int:
+    """Train a configuration to its end; returns the process's exit code (0 done, 75 stopped on a signal, 1 not saved)."""
+    with open_run(cfg) as folder:
+        setup_logging(folder)
+        return Trainer(cfg, folder).run()
