@@ -177,7 +177,7 @@ def check_seal(beton: Path, *, num_sampled: int = 64) -> Seal:
         for sample in np.unique(np.linspace(0, count - 1, min(num_sampled, count)).astype(int)):
             file.seek(int(table["ptr"][sample]))
             if zlib.crc32(file.read(int(table["size"][sample]))) != crcs[sample]:
-                raise _broken(beton, f"sample {sample} is damaged")
+                raise _broken(beton, f"sample {sample}: its bytes are damaged")
     return Seal(
         beton=beton,
         num_samples=count,

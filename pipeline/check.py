@@ -19,7 +19,7 @@ def _data(cfg: Config, which: str, path: str) -> tuple[str, int]:
     from data_prep.scan import load_manifest
 
     manifest = load_manifest(Path(path))
-    return f"data.{which}: {len(manifest.samples)} images, {len(manifest.classes)} classes, {path}", len(manifest.samples)
+    return f"data.{which}: {manifest.num_samples} images, {len(manifest.classes)} classes, {path}", manifest.num_samples
 
 
 def check(cfg: Config) -> str:

@@ -74,10 +74,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
 
 
 def _write(temporary: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+    dcp_save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
     _write_json(temporary / STATE, {"format": FORMAT, "step": step, **state})
     files = {}
     for path in sorted(temporary.iterdir()):
@@ -158,11 +158,11 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises CheckpointError when names or shapes do not match.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+        dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
     except _failures() as error:
         raise CheckpointError(f"{path} does not fit this model: {_cause(error)}") from error
 

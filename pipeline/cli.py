@@ -17,7 +17,9 @@ app = typer.Typer(
 )  # fmt: skip
 prep = typer.Typer(help="Turn a folder of images into a sealed beton file: scan, write, verify.", no_args_is_help=True,
                    rich_markup_mode=None)  # fmt: skip
-evaluate = typer.Typer(help="Probe a run's encoder with labels it has never seen.", no_args_is_help=True, rich_markup_mode=None)
+evaluate = typer.Typer(
+    help="Probe a run's encoder with labels it has never seen.", no_args_is_help=True, rich_markup_mode=None
+)
 bench = typer.Typer(help="Measure against a peer in the same run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(prep, name="prep")
 app.add_typer(evaluate, name="eval")
@@ -42,10 +44,13 @@ class Weights(StrEnum):
 
 
 Settings = Annotated[
-    list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files or shipped names, then settings to change.")
+    list[str],
+    typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files or shipped names, then settings to change."),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-WhichWeights = Annotated[Weights, typer.Option(help="Which encoder; ema is the teacher's, untrained the same one at step 0.")]
+WhichWeights = Annotated[
+    Weights, typer.Option(help="Which encoder; ema is the teacher's, untrained the same one at step 0.")
+]
 
 
 def _config(settings: list[str]) -> "Config":
@@ -104,10 +109,16 @@ def scan(
 def write(
     manifest: Annotated[Path, typer.Argument(help="The manifest that scan wrote.")],
     beton: Annotated[Path, typer.Argument(help="The file to write, such as train.beton.")],
-    mode: Annotated[Mode, typer.Option(help="jpg (a JPEG's own bytes where possible), raw, smart or proportion.")] = Mode.jpg,
-    max_side: Annotated[int | None, typer.Option(min=1, help="Shrink larger images to this longer side, pixels.")] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="jpg (a JPEG's own bytes where possible), raw, smart or proportion.")
+    ] = Mode.jpg,
+    max_side: Annotated[
+        int | None, typer.Option(min=1, help="Shrink larger images to this longer side, pixels.")
+    ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality where an image is encoded again.")] = 90,
-    smart_threshold: Annotated[int | None, typer.Option(min=1, help="smart: raw images over this many bytes become JPEG.")] = None,
+    smart_threshold: Annotated[
+        int | None, typer.Option(min=1, help="smart: raw images over this many bytes become JPEG.")
+    ] = None,
     proportion: Annotated[float, typer.Option(min=0, max=1, help="proportion: the share that becomes JPEG.")] = 0.5,
     seed: Annotated[int, typer.Option(help="proportion: which images.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that encode.")] = 2,

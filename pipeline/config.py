@@ -7,16 +7,15 @@ would be right and, for a key that does not exist, the nearest one that does; al
 import difflib
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pipeline.costs import num_visible, teacher_schedule
-from pipeline.settings import Config, MAEConfig, PCAEConfig, RandSACConfig
+from pipeline.settings import EXPONENT, Config, MAEConfig, PCAEConfig, RandSACConfig, Section
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -63,16 +62,14 @@ class _Loader(yaml.SafeLoader):
     """safe_load that refuses a key given twice and reads 1e-3 as a number, as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} is given twice")
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver(*EXPONENT)
 
 
 def find_config(name: str) -> Path:
@@ -122,13 +119,13 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def _known_keys(location: Sequence[str], method: str | None) -> list[str]:
-    methods = {"randsac": RandSACConfig, "pcae": PCAEConfig, "mae": MAEConfig}
+    methods: dict[str, type[Section]] = {"randsac": RandSACConfig, "pcae": PCAEConfig, "mae": MAEConfig}
     if not location:
         return list(Config.model_fields)
     if location[0] == "method":
         return list(methods[method].model_fields) if method in methods else ["name"]
     field = Config.model_fields.get(location[0])
-    return list(cast(type[BaseModel], field.annotation).model_fields) if field else []
+    return list(cast(type[Section], field.annotation).model_fields) if field else []
 
 
 def _explain(error: Any, tree: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
@@ -250,26 +247,34 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     for text in overrides:
         tree = _merge(tree, _override(text))
     tree = _onoff(_resolve_paths(tree))
+    cfg: Config | None
+    problems: list[str] = []
+    reduced: tuple[tuple[str, ...], ...] = ()
     try:
-        cfg, problems, reduced = Config.model_validate(tree), [], ()
+        cfg = Config.model_validate(tree)
     except ValidationError as error:
         found = dict(_explain(item, tree) for item in error.errors())
         problems, reduced = list(found.values()), tuple(found)
         cfg = _repaired(tree, reduced)
     if cfg is not None:
-        # A bad key was set aside to look further: what mentions its section's key again is not repeated.
-        shown = {".".join(location) for location in reduced}
-        problems += [text for text in _check(cfg) if not any(text.startswith(key) for key in shown)]
+        # A bad key was set aside to look further: what mentions it again is not repeated.
+        problems += [text for text in _check(cfg) if not any(_mentions(text, ".".join(key)) for key in reduced)]
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg
 
 
+def _mentions(problem: str, key: str) -> bool:
+    """Whether a problem is about ``key``, or about a setting in it."""
+    names = [part.split(" ")[0] for part in problem.split(":")[0].split(", ")]
+    return any(f"{name}.".startswith(f"{key}.") for name in names)
+
+
 def _repaired(tree: Mapping[str, Any], bad: Iterable[Sequence[str]]) -> Config | None:
-    """The configuration without its bad keys, when that much is enough to look for further problems."""
+    """The configuration with its bad keys set aside, when that much is enough to look for further problems."""
     for location in bad:
         tree = _without(tree, location)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(_merge({"run": {"dir": "."}, "train": {"global_batch": 1}}, tree))
     except ValidationError:
         return None

@@ -1,5 +1,6 @@
 """What training says while it runs: meters that leave numbers on the device, progress, and the process's log."""
 
+import functools
 import logging
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bar
     from torch import Tensor
 
@@ -66,6 +68,14 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+@functools.cache
+def _console() -> "Console":
+    """One for all bars: bars on consoles of their own would overwrite each other."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 class Progress:
     """How far long work is, on stderr: a bar on a terminal, else a line at most every 15 s, and the last.
 
@@ -82,13 +92,12 @@ class Progress:
     def __enter__(self) -> "Progress":
         """Opens the bar where stderr is a terminal."""
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
             title, tail = "{task.description}", "{task.fields[tail]}"
             columns = (TextColumn(title, markup=False), BarColumn(), TextColumn(tail, markup=False))
-            self._bar = Bar(*columns, console=Console(stderr=True), auto_refresh=False)
+            self._bar = Bar(*columns, console=_console(), auto_refresh=False)
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=self._total, tail="")
         return self

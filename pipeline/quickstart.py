@@ -85,7 +85,9 @@ def _pretrain(folder: Path) -> bool:
                     del running[method]
                     if process.returncode:
                         good = False
-                        sys.stderr.write(f"training {method} ended with {process.returncode}; see {folder / method}/output.txt\n")
+                        sys.stderr.write(
+                            f"training {method} ended with {process.returncode}; see {folder / method}/output.txt\n"
+                        )
     return good
 
 
@@ -94,7 +96,16 @@ def _table(folder: Path) -> Table:
     from pipeline.evaluate import probe
 
     table = Table(title=f"top-1 % on {NUM_TEST} drawn test images, 10 classes (chance 10)")
-    for heading in ("method", "steps", "loss", "kNN untrained", "kNN trained", "linear untrained", "linear trained", "images/s"):
+    for heading in (
+        "method",
+        "steps",
+        "loss",
+        "kNN untrained",
+        "kNN trained",
+        "linear untrained",
+        "linear trained",
+        "images/s",
+    ):
         table.add_column(heading, justify="right" if heading != "method" else "left")
     with Progress("probe", 4 * len(METHODS) + 2, "probe") as progress:
         done = 0
@@ -135,5 +146,8 @@ def quickstart(folder: Path) -> int:
     for path in sorted(folder.glob("*/figures/*.png")):
         console.print(f"  {path}", soft_wrap=True)
     console.print("Compare the runs in a browser with")
-    console.print(f"  {sys.executable} -m mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///{folder / 'mlflow.db'}", soft_wrap=True)
+    console.print(
+        f"  {sys.executable} -m mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///{folder / 'mlflow.db'}",
+        soft_wrap=True,
+    )
     return 0

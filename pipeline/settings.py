@@ -1,5 +1,6 @@
 """Every setting of a run, typed: frozen pydantic models that refuse unknown keys. ``pipeline.config`` loads and checks them."""
 
+import re
 from typing import Annotated, Literal
 
 import yaml
@@ -7,12 +8,22 @@ from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from pipeline.costs import MODELS, ModelShape
 
+# (tag, pattern, first characters) of numbers with an exponent, as YAML 1.2 reads them: loading and dumping must agree.
+EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Interval = Annotated[tuple[float, float], Strict(False)]
+
+
+class _Dumper(yaml.SafeDumper):
+    """safe_dump that quotes a text which would be read back as a number."""
+
+
+_Dumper.add_implicit_resolver(*EXPONENT)
 
 
 class Section(BaseModel):
@@ -92,7 +103,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How long and in which portions. The length is ``epochs`` or ``steps``; the micro-batch never changes the run's meaning."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     global_batch: Positive
     epochs: Positive | None = None
     steps: Positive | None = None
@@ -195,4 +206,4 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import UserError, flatten, load_config
-from pipeline.mlflow_run import STATE, Remote, brief, load_state, only_writer, points_of, prepare_mlflow, redact, save_state
+from pipeline.mlflow_run import (
+    STATE,
+    Remote,
+    brief,
+    load_state,
+    only_writer,
+    points_of,
+    prepare_mlflow,
+    redact,
+    save_state,
+)
 from pipeline.runlog import LOG, Record, RunLog, discard_after, read_log, read_whole
 
 __all__ = ["MlflowSink", "RunLog", "SyncReport", "discard_after", "read_log", "resolve_uri", "sync"]
@@ -100,12 +110,13 @@ class MlflowSink:
     def _run(self) -> None:
         wait_s = 1.0
         while not self._complete:
+            last = self._closing.is_set()  # an attempt that began before is followed by one more
             try:
                 with only_writer(self._dir):
                     self._feed()
             except Exception as error:  # whatever MLflow raises must not reach training
                 self._say_once("takes nothing now; training goes on, the log has all of it, trying again", error)
-                if self._closing.is_set():
+                if last:
                     return
                 self._behind = True
                 self._closing.wait(wait_s)

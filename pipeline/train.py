@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +48,9 @@ class Plan:
         total = cfg.train.steps or per_epoch * (cfg.train.epochs or 0)
         warmup = cfg.optim.warmup_steps or per_epoch * (cfg.optim.warmup_epochs or 0)
         if warmup >= total:
-            raise UserError(f"optim.warmup_epochs, optim.warmup_steps: {warmup} steps of warm-up in a run of {total} steps")
+            raise UserError(
+                f"optim.warmup_epochs, optim.warmup_steps: {warmup} steps of warm-up in a run of {total} steps"
+            )
         return cls(per_epoch, total, warmup)
 
 
@@ -156,7 +157,9 @@ class Trainer:
         finally:
             self.buffer.flush()  # the pause is not training time
         checkpoint.retain(self.checkpoints, self.cfg.checkpoint.keep)
-        self.run_log.write("checkpoint", step=self.step, saved=True, path=path.name, seconds=time.perf_counter() - started)
+        self.run_log.write(
+            "checkpoint", step=self.step, saved=True, path=path.name, seconds=time.perf_counter() - started
+        )
         return True
 
     def _update(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
@@ -196,7 +199,13 @@ class Trainer:
             return code
         except BaseException as error:
             self.run_log.write("stop", step=self.step, reason=f"{type(error).__name__}: {error}")
-            write_why(self.folder, done=False, reason=str(error) or type(error).__name__, step=self.step, restarts=self.restarts)
+            write_why(
+                self.folder,
+                done=False,
+                reason=str(error) or type(error).__name__,
+                step=self.step,
+                restarts=self.restarts,
+            )
             raise
         finally:
             self.batches.close()

@@ -53,7 +53,12 @@ def normalise(images: Tensor) -> Tensor:
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """[B, C, H, W] to patches [B, N, C, p, p], raster order; channels first, as a convolution's weight."""
-    return images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    return (
+        images.unfold(2, patch_size, patch_size)
+        .unfold(3, patch_size, patch_size)
+        .permute(0, 2, 3, 1, 4, 5)
+        .flatten(1, 2)
+    )
 
 
 def unpatchify(patches: Tensor) -> Tensor:
@@ -117,7 +122,12 @@ def encoder_kwargs(shape: Any, image_size: int, *, class_token: bool) -> dict[st
 
 
 def build_encoder(
-    shape: Any, image_size: int, *, class_token: bool, drop_path: float, kind: type[VisionTransformer] = VisionTransformer
+    shape: Any,
+    image_size: int,
+    *,
+    class_token: bool,
+    drop_path: float,
+    kind: type[VisionTransformer] = VisionTransformer,
 ) -> VisionTransformer:
     """An encoder with empty weights and frozen positions; see ``initialise``."""
     options = encoder_kwargs(shape, image_size, class_token=class_token)
@@ -152,9 +162,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(width_in, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, grid**2 + 1, width), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            KeyedBlock(width, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(KeyedBlock(width, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
         self.norm = LayerNorm(width)
         self.head = nn.Linear(width, width_out)
 

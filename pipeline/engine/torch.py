@@ -20,6 +20,7 @@ from pipeline.methods import build_method
 from pipeline.methods.common import Draw
 from pipeline.optim import build_optimizer
 
+
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -64,7 +65,9 @@ class TorchEngine:
             return
         self.teacher.to(compute)
         source = {name: _local(self.named[f"encoder.{name}"]).detach() for name, _ in self.teacher.named_parameters()}
-        self.ema = {name: value.clone() for name, value in source.items() if self.named[f"encoder.{name}"].requires_grad}
+        self.ema = {
+            name: value.clone() for name, value in source.items() if self.named[f"encoder.{name}"].requires_grad
+        }
         self._masters = [source[name] for name in self.ema]
         with torch.no_grad():
             for name, parameter in self.teacher.named_parameters():

@@ -45,7 +45,12 @@ def probe(run_dir: Path, name: Literal["knn", "linear"], weights: str = "model")
         if method is None:
             parts.append(pixels(loader, batch_size=cfg.eval.batch_size, device="cpu"))
         else:
-            key = {"weights": weights, "step": str(step), "image_set": loader.image_set, "crop": str(cfg.data.eval_crop)}
+            key = {
+                "weights": weights,
+                "step": str(step),
+                "image_set": loader.image_set,
+                "crop": str(cfg.data.eval_crop),
+            }
             path = run_dir / "features" / f"{weights}-{which}.safetensors"
             parts.append(cached(path, key, lambda loader=loader: extract(
                 method.encoder, loader, batch_size=cfg.eval.batch_size, device="cpu")))  # fmt: skip

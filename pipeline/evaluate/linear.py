@@ -14,7 +14,8 @@ def _standardiser(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit(x: Tensor, labels: Tensor, num_classes: int, l2: float, max_iter: int) -> tuple[Tensor, Tensor]:
-    """Weights [D, C] and biases [C] that minimise the mean cross-entropy + l2 / 2 |weights|^2, from zeros."""
+    """Weights [D, C] and biases [C] that minimise the mean cross-entropy + l2 / 2 |weights|^2, float64, from zeros."""
+    x = x.double()  # in fp32 the line search stalls short of the optimum where columns are nearly equal
     weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=max_iter, line_search_fn="strong_wolfe")
@@ -40,5 +41,5 @@ def linear_accuracy(
     check_probe(train, test, num_classes)
     mean, std = _standardiser(train.features)
     weight, bias = _fit((train.features - mean) / std, train.labels, num_classes, l2, max_iter)
-    predicted = ((test.features - mean) / std @ weight + bias).argmax(1)
+    predicted = (((test.features - mean) / std).double() @ weight + bias).argmax(1)
     return 100 * int((predicted == test.labels).sum()) / len(test.labels)

@@ -11,9 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.methods.common import Prediction, RankDraw, drop_path_rates, panels, pixel_loss, restore_pixels, rows_to_image
+from pipeline.methods.common import (
+    Prediction,
+    RankDraw,
+    drop_path_rates,
+    panels,
+    pixel_loss,
+    restore_pixels,
+    rows_to_image,
+)
 from pipeline.segments import block_masks, drop_path_keep, gather_tokens, hierarchical_ranks, square_segments
 from pipeline.vit import CrossBlock, LayerNorm, build_encoder, embed, initialise, normalise, patchify, pixel_rows
+
 from pipeline.vit import sincos_2d, standardise  # isort: skip
 
 if TYPE_CHECKING:
@@ -27,7 +36,9 @@ class SegmentDecoder(nn.Module):
     sum_k skip[l, k] H^k. It starts as one-hot on the last layer, which is the plain decoder.
     """
 
-    def __init__(self, grid: int, encoder_width: int, encoder_depth: int, depth: int, width: int, heads: int, out: int) -> None:
+    def __init__(
+        self, grid: int, encoder_width: int, encoder_depth: int, depth: int, width: int, heads: int, out: int
+    ) -> None:
         """``out`` channels are predicted for each of grid x grid tokens."""
         super().__init__()
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -59,7 +70,9 @@ class RandSAC(nn.Module):
         per_side = cfg.grid // method.segment_size
         self.partition = square_segments(per_side, method.partition_size)
         if per_side < 2:
-            raise ValueError("RandSAC needs at least two segments (K >= 2): make method.segment_size smaller than the grid")
+            raise ValueError(
+                "RandSAC needs at least two segments (K >= 2): make method.segment_size smaller than the grid"
+            )
         self.encoder = build_encoder(shape, cfg.data.image_size, class_token=False, drop_path=cfg.model.drop_path)
         # The decoder reads the blocks' raw outputs, so the final norm has no gradient here: it stays the identity's.
         self.encoder.norm.requires_grad_(False)

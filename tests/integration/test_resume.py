@@ -47,7 +47,11 @@ def last_step(run: Path) -> int:
 
 
 def saving(run: Path) -> bool:
-    return any(name.endswith(".partial") for name in os.listdir(run / "checkpoints")) if (run / "checkpoints").exists() else False
+    return (
+        any(name.endswith(".partial") for name in os.listdir(run / "checkpoints"))
+        if (run / "checkpoints").exists()
+        else False
+    )
 
 
 def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:

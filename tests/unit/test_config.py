@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
@@ -57,7 +57,12 @@ def test_defaults_then_files_left_to_right_then_overrides(base: Path, tmp_path: 
     second.write_text("train: {seed: 2, global_batch: 16}\noptim: {weight_decay: 0.2, betas: [0.8, 0.9]}\n")
     third.write_text("train: {seed: 3}\n")
     cfg = load_config([base])
-    assert (cfg.train.seed, cfg.train.global_batch, cfg.optim.weight_decay, cfg.optim.betas) == (0, 8, 0.05, (0.9, 0.95))
+    assert (cfg.train.seed, cfg.train.global_batch, cfg.optim.weight_decay, cfg.optim.betas) == (
+        0,
+        8,
+        0.05,
+        (0.9, 0.95),
+    )
     cfg = load_config([base, second])
     assert (cfg.train.seed, cfg.train.global_batch, cfg.optim.weight_decay, cfg.optim.betas) == (2, 16, 0.2, (0.8, 0.9))
     assert cfg.train.steps == 10 and cfg.optim.base_lr == 1.5e-4  # what the later file does not name stays
@@ -108,7 +113,9 @@ def test_numbers_with_exponents_are_numbers(base: Path, tmp_path: Path, text: st
     assert load_config([base, path]).optim.base_lr == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize(("text", "value"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("true", "on"), ("'off'", "off")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("true", "on"), ("'off'", "off")]
+)
 def test_on_and_off_are_words_where_words_are_meant(base: Path, tmp_path: Path, text: str, value: str) -> None:
     assert load_config([base], [f"data.jit={text}"]).data.jit == value
     path = tmp_path / "jit.yaml"
@@ -165,7 +172,9 @@ def test_on_and_off_are_words_where_words_are_meant(base: Path, tmp_path: Path, 
         ("method.segment_size=0", ["method.segment_size = 0", "greater than 0"]),
     ],
 )
-def test_one_mistake_is_one_line_that_names_key_value_and_remedy(base: Path, override: str, fragments: list[str]) -> None:
+def test_one_mistake_is_one_line_that_names_key_value_and_remedy(
+    base: Path, override: str, fragments: list[str]
+) -> None:
     found = problems(base, override)
     assert len(found) == 1 and "\n" not in found[0]
     for fragment in fragments:
@@ -212,6 +221,7 @@ def test_a_missing_setting_does_not_hide_other_problems(base: Path, missing: str
 
 def test_a_bad_value_is_not_followed_by_problems_that_it_alone_makes(base: Path) -> None:
     assert len(problems(base, "train.steps=abc")) == 1
+    assert len(problems(base, "train.global_batch=abc", "train.micro_batch=4")) == 1
     assert len(problems(base, "train.epochs=abc")) == 1
     assert len(replacing_method(base, "method={name: pcae, decoder_width: 96, decoder_heads: 3}", "optim.ema=x")) == 1
 
@@ -267,17 +277,27 @@ def test_configurations_are_found_by_path_or_by_name(tmp_path: Path, monkeypatch
         find_config(str(shipped / "imagenet"))  # a directory
 
 
-@SOME
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(max_size=30), max_size=3))
 def test_no_override_makes_anything_but_a_users_error(texts: list[str]) -> None:
     with pytest.raises(UserError):
         load_config([], texts)
 
 
-KEYS = ["train.seed", "train", "method.name", "method", "data.crop_scale", "optim.ema", "run.dir", "data.train.x", "model"]
+KEYS = [
+    "train.seed",
+    "train",
+    "method.name",
+    "method",
+    "data.crop_scale",
+    "optim.ema",
+    "run.dir",
+    "data.train.x",
+    "model",
+]
 yaml_values = st.one_of(
-    st.sampled_from(["", "~", "[]", "{}", "[1]", "{1: 2}", "{a: {b: 1}}", "2020-01-01", ".nan", "-.inf", "1e400", "!!set {a}",
-                     "&a [*a]", "'", "{? [1]: 2}", "0x1F", "1_000", "=", "<<", "{<<: 3}", "no", "1:30"]),
+    st.sampled_from(["", "~", "[]", "{}", "[1]", "{1: 2}", "{a: {b: 1}}", "2020-01-01", ".nan", "-.inf", "1e400", "no",
+                     "&a [*a]", "'", "{? [1]: 2}", "0x1F", "1_000", "=", "<<", "{<<: 3}", "!!set {a}", "1:30"]),
     st.text(max_size=8),
 )  # fmt: skip
 
@@ -298,7 +318,9 @@ def test_no_value_makes_anything_but_a_config_or_a_users_error(pairs: list[tuple
 
 @SOME
 @given(
-    experiment=st.one_of(st.text(max_size=20), st.sampled_from(["1e-3", "on", "null", "1", "0x10", "~", "2020-01-01", "1:30"])),
+    experiment=st.one_of(
+        st.text(max_size=20), st.sampled_from(["1e-3", "on", "null", "1", "0x10", "~", "2020-01-01", "1:30"])
+    ),
     base_lr=st.floats(1e-12, 1e3),
     seed=st.integers(-(2**63), 2**63 - 1),
     jit=st.sampled_from(["auto", "on", "off"]),
@@ -344,8 +366,8 @@ def test_settings_cannot_be_changed(base: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     ["run.dir=elsewhere", "run.resume=must", "tracking.uri=none", "log.every_steps=1", "checkpoint.every_steps=5",
-     "data.train=/moved/train.beton", "data.val=/moved/val.beton", "data.threads=3", "data.jit=off", "train.micro_batch=4",
-     "guard.max_nonfinite=3", "eval.knn_k=5"],
+     "data.train=/moved/train.beton", "data.val=/moved/val.beton", "data.threads=3", "data.jit=off",
+     "train.micro_batch=4", "guard.max_nonfinite=3", "eval.knn_k=5"],
 )  # fmt: skip
 def test_what_may_change_on_resume(base: Path, override: str) -> None:
     assert binding_differences(load_config([base]), load_config([base], [override])) == []
@@ -381,7 +403,8 @@ def test_another_method_differs_in_all_its_settings(tiny_config: Callable[..., C
 
 @pytest.mark.parametrize("module", ["pipeline.config", "pipeline.estimate", "pipeline.order", "pipeline.keys"])
 def test_torch_is_not_imported(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'ffcv', 'mlflow', 'timm', 'matplotlib') if m in sys.modules])"
+    heavy = {"torch", "ffcv", "mlflow", "timm", "matplotlib"}
+    code = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -394,6 +417,14 @@ def sections() -> Iterator[tuple[str, str, type[BaseModel]]]:
             assert isinstance(model, type) and not get_args(model)
             for entry in model.model_fields:
                 yield name, entry, model
+
+
+def allowed(section: str, field: str) -> int:
+    """How many values a setting may take when they are listed; else 2, for more than one."""
+    kinds = [
+        model.model_fields[field].annotation for name, entry, model in sections() if (name, entry) == (section, field)
+    ]
+    return max(len(get_args(kind)) if get_origin(kind) is Literal else 2 for kind in kinds)
 
 
 class Reads(ast.NodeVisitor):
@@ -410,7 +441,11 @@ class Reads(ast.NodeVisitor):
             if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
                 pairs = list(zip(target.elts, node.value.elts, strict=False))
             for name, value in pairs:
-                if isinstance(name, ast.Name) and isinstance(value, ast.Attribute) and value.attr in Config.model_fields:
+                if (
+                    isinstance(name, ast.Name)
+                    and isinstance(value, ast.Attribute)
+                    and value.attr in Config.model_fields
+                ):
                     self.aliases[name.id] = value.attr
         self.generic_visit(node)
 
@@ -435,5 +470,5 @@ def test_every_setting_is_read_somewhere() -> None:
             visitor = Reads()
             visitor.visit(ast.parse(path.read_text()))
             read |= visitor.found
-    unread = {f"{section}.{field}" for section, field, _ in sections()} - {".".join(pair) for pair in read}
-    assert unread == set()
+    meant = {(section, field) for section, field, _ in sections() if allowed(section, field) > 1}
+    assert {f"{section}.{field}" for section, field in meant - read} == set()

@@ -71,7 +71,9 @@ def test_flops_are_what_torch_counts(big: Callable[..., Config], method: str, mo
     ],
     ids=str,
 )
-def test_flops_follow_every_setting(tiny_config: Callable[..., Config], method: str, options: dict[str, object]) -> None:
+def test_flops_follow_every_setting(
+    tiny_config: Callable[..., Config], method: str, options: dict[str, object]
+) -> None:
     cfg = tiny_config(method, **options)
     forward, step = counted(cfg)
     assert flops_per_image(cfg).forward == pytest.approx(forward, rel=0.01)
@@ -127,7 +129,9 @@ def test_pcae_table(
     for (depth, decoder_width), step in steps.items():
         cfg = big("pcae", model, method__decoder_depth=depth, method__decoder_width=decoder_width)
         found = flops_per_image(cfg)
-        student_embedding, teacher_embedding = (skipped * 768 * width / GIGA for skipped in (patches - visible, visible))
+        student_embedding, teacher_embedding = (
+            skipped * 768 * width / GIGA for skipped in (patches - visible, visible)
+        )
         head = (visible + 1) * decoder_width * width / GIGA
         no_pixel_gradient = visible * 768 * width / GIGA
         lean = step - 3 * (student_embedding + head) - teacher_embedding - no_pixel_gradient

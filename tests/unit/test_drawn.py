@@ -33,12 +33,13 @@ def test_layout_and_balance(drawn: Path) -> None:
 
 def test_files_are_rgb_jpegs_close_to_the_drawing_and_vary_in_size(drawn: Path) -> None:
     sides, differences = set(), []
-    for path in (drawn / "train").glob("*/*.jpg"):
+    for path in drawn.glob("*/*/*.jpg"):
+        split = ("train", "test").index(path.parts[-3])
         with Image.open(path) as image:
             assert image.format == "JPEG" and image.mode == "RGB" and image.width == image.height
             decoded = np.asarray(image, np.int16)
         sides.add(decoded.shape[0])
-        differences.append(np.abs(decoded - draw_image(3, 0, int(path.stem))).mean())
+        differences.append(np.abs(decoded - draw_image(3, split, int(path.stem))).mean())
     assert len(sides) > 8 and min(sides) >= 32 and max(sides) <= 48
     # Of 255: 2.9 at quality 95 and full colour resolution, 4.2 at quality 90, 5.6 at half colour resolution.
     assert np.mean(differences) < 3.5

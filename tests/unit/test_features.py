@@ -1,7 +1,6 @@
 """Feature extraction: which tokens are averaged, in which mode, in which order, and the cache."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,17 +28,17 @@ class FakeLoader:
         self.sizes: list[int] = []
         self.closed = 0
 
-    @contextmanager
-    def batches(self, order: Iterator[tuple[int, np.ndarray]]) -> Iterator[Iterator[Any]]:
-        def each() -> Iterator[Any]:
-            for _, ids in order:
-                self.sizes.append(len(ids))
-                yield SimpleNamespace(images=self.images[ids], labels=self.all_labels[ids], ids=torch.as_tensor(ids))
+    def batches(self, order: Iterator[tuple[int, np.ndarray]]) -> "FakeLoader":
+        self.order = order
+        return self
 
-        try:
-            yield each()
-        finally:
-            self.closed += 1
+    def __enter__(self) -> Iterator[Any]:
+        for _, ids in self.order:
+            self.sizes.append(len(ids))
+            yield SimpleNamespace(images=self.images[ids], labels=self.all_labels[ids], ids=torch.as_tensor(ids))
+
+    def __exit__(self, *error: object) -> None:
+        self.closed += 1
 
 
 def build(class_token: bool, **options: Any) -> VisionTransformer:
@@ -186,7 +185,7 @@ PROBLEMS = [
     (broken(features=torch.ones(6, 4)), some(), "same features"),
     (broken(labels=torch.full((6,), 2)), some(), "have the label 2"),
     (some(), broken(labels=torch.full((6,), 3)), "test labels go from 3 to 3"),
-    (broken(labels=torch.arange(6) - 1), some(), "training labels go from -1 to 4"),
+    (broken(labels=torch.arange(6) % 3 - 1), some(), "training labels go from -1 to 1"),
     (some(), some(width=5), "4 columns, test features 5"),
     (some(0), some(), "training set of the probe is empty"),
     (some(), some(0), "test set of the probe is empty"),
@@ -203,4 +202,6 @@ def test_unusable_features_are_refused_in_one_line(probe: Any, train: Features, 
 
 def test_usable_features_pass() -> None:
     check_probe(some(), some(), 3)
+    one_constant_column = some().features.index_fill(1, torch.tensor([2]), 5.0)
+    check_probe(broken(features=one_constant_column), some(), 3)
     check_probe(some(), broken(labels=torch.zeros(6, dtype=torch.int64)), 3)  # one class only in the test set is fine

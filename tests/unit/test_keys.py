@@ -124,7 +124,7 @@ def test_tags_counters_epochs_and_seeds_are_uncorrelated() -> None:
 
 def test_text_key_is_fnv_finished_by_splitmix() -> None:
     value = 0xCBF29CE484222325
-    for byte in "encoder.cls_token".encode():
+    for byte in b"encoder.cls_token":
         value = ((value ^ byte) * 0x100000001B3) & MASK
     assert keys.text_key("encoder.cls_token") == mix(value) >> 1
     assert len({keys.text_key(f"blocks.{i}.attn.qkv.weight") for i in range(1000)}) == 1000

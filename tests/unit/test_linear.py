@@ -47,6 +47,22 @@ def test_the_solution_is_scikit_learns(l2: float) -> None:
     np.testing.assert_allclose(bias - bias.mean(), model.intercept_ - model.intercept_.mean(), atol=5e-3)
 
 
+def test_columns_that_are_nearly_equal_are_solved_too() -> None:
+    """The loss after the default iterations is the optimum's, which single precision does not reach."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(500) % 10
+    values = torch.randn(500, 200, generator=generator) + 30 * torch.randn(500, 1, generator=generator)
+    scaler, model = fit_scikit_learn(Features(values, labels), 1e-3)
+    x = torch.from_numpy(scaler.transform(values.double().numpy()))
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor) -> float:
+        return float(torch.nn.functional.cross_entropy(x @ weight + bias, labels) + 5e-4 * weight.square().sum())
+
+    weight, bias = linear._fit(x.float(), labels, 10, 1e-3, 60)
+    best = loss(torch.from_numpy(model.coef_.T), torch.from_numpy(model.intercept_))
+    assert loss(weight, bias) < best + 1e-4
+
+
 def test_a_separable_set_is_separated() -> None:
     train, test = blobs(500, 1, spread=0.05), blobs(500, 2, spread=0.05)
     assert linear_accuracy(train, test, num_classes=10) == 100

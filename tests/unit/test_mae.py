@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 
+import plain
 import pytest
 import torch
 from torch import Tensor
 
-import plain
 from pipeline.config import Config
 from pipeline.methods import build_method
 from pipeline.methods.common import Prediction, token_mean
@@ -101,8 +101,12 @@ def test_a_batch_means_the_same_however_it_is_split(
 
 def test_normalise_is_imagenets_in_fp32() -> None:
     black, white = (torch.full((1, 3, 2, 2), value, dtype=torch.uint8) for value in (0, 255))
-    torch.testing.assert_close(normalise(black)[0, :, 0, 0], torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
-    torch.testing.assert_close(normalise(white)[0, :, 1, 1], torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]))
+    torch.testing.assert_close(
+        normalise(black)[0, :, 0, 0], torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+    )
+    torch.testing.assert_close(
+        normalise(white)[0, :, 1, 1], torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225])
+    )
     assert normalise(white).dtype == torch.float32
 
 

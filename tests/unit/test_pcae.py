@@ -5,13 +5,13 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
+import plain
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import plain
 from pipeline import segments
 from pipeline.config import Config, ConfigError
 from pipeline.costs import drop_blocks, num_visible, teacher_schedule
@@ -50,7 +50,9 @@ def plain_scores(rows: Tensor) -> Tensor:
     return torch.tensor([sum(float(u @ w) for w in unit) / len(unit) for u in unit], dtype=torch.float64)
 
 
-def plain_teacher(method: PCAE, image: Tensor, masked: list[int], keep: Fraction) -> tuple[dict[int, Tensor], list[set]]:
+def plain_teacher(
+    method: PCAE, image: Tensor, masked: list[int], keep: Fraction
+) -> tuple[dict[int, Tensor], list[set]]:
     """Carries every masked token to the end; from its drop on, a dropped one is a key for nobody. Token -> feature."""
     encoder, per = method.encoder, len(method.encoder.blocks) // 3
     alive = list(range(len(masked)))
@@ -129,7 +131,9 @@ def test_property_05_visible_count_is_exact(ratio: float, visible: int) -> None:
 
 
 @pytest.mark.parametrize(("ratio", "entering", "kept"), [(0.85, 167, 20), (0.9, 177, 22)])
-def test_property_05_other_mask_ratios(tiny_config: Callable[..., Config], ratio: float, entering: int, kept: int) -> None:
+def test_property_05_other_mask_ratios(
+    tiny_config: Callable[..., Config], ratio: float, entering: int, kept: int
+) -> None:
     cfg = tiny_config("pcae", model__name="vit_b", data__image_size=224, method__mask_ratio=ratio)
     method = build_method(cfg, "meta")
     assert method.num_visible == 196 - entering

@@ -5,13 +5,13 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import plain
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import plain
 from pipeline import segments
 from pipeline.config import Config, ConfigError
 from pipeline.methods import build_method, randsac
@@ -89,7 +89,7 @@ def leak(predict: Predict, method: RandSAC, image: Tensor, draw: RankDraw, most:
 
 
 def mask_path(method: RandSAC, images: Tensor, draw: RankDraw, *, rank_0: str = "own memory, unseen") -> Prediction:
-    """All tokens in raster order in the encoder and the decoder, with masks made from ranks; nothing is sorted or left out.
+    """All tokens in raster order in encoder and decoder, with masks made from ranks; nothing is sorted or left out.
 
     Rank-0 queries carry no loss but need something to attend to: their own segment's memory, or everything. Unseen:
     no other query attends to them.
@@ -109,7 +109,7 @@ def mask_path(method: RandSAC, images: Tensor, draw: RankDraw, *, rank_0: str = 
 
 
 def loop_path(method: RandSAC, image: Tensor, ranks: Tensor) -> dict[int, Tensor]:
-    """Segment after segment, one image, float64, no mask: each sees exactly what exists by then. Token -> prediction."""
+    """Segment after segment, one image, float64, no mask: each sees what exists by then. Token -> prediction."""
     tokens = plain.embedded(method.encoder, image, 4)
     last = int(ranks.max())
     members = [torch.nonzero(ranks == k).flatten().tolist() for k in range(last + 1)]
@@ -204,9 +204,7 @@ def add_class_token(monkeypatch: pytest.MonkeyPatch, *, two_way: bool) -> None:
     monkeypatch.setattr(RandSAC, "encode", encode)
 
 
-def test_property_03_control_memory_of_the_same_rank_leaks(
-    method: RandSAC, images: Tensor, leaky_memory: None
-) -> None:
+def test_property_03_control_memory_of_the_same_rank_leaks(method: RandSAC, images: Tensor, leaky_memory: None) -> None:
     assert leak(plain_predict, method, images[:1], rank_draw(SIZES["equal"])) > 1e-3
 
 
@@ -438,9 +436,7 @@ def test_property_13_a_one_hot_skip_reads_only_its_layer(method: RandSAC) -> Non
             method.decoder.skip.copy_(held)
 
 
-def test_property_14_all_trained_parameters_get_a_gradient_and_positions_none(
-    fresh: RandSAC, images: Tensor
-) -> None:
+def test_property_14_all_trained_parameters_get_a_gradient_and_positions_none(fresh: RandSAC, images: Tensor) -> None:
     fresh.zero_grad()
     fresh(images, fresh.draw(torch.arange(4)))[0].backward()
     frozen = {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}

@@ -217,9 +217,9 @@ def test_quality_bears_on_what_is_encoded(kinds, tmp_path):
 
 def test_the_page_fits_the_largest_sample(tmp_path):
     side = 1700  # 8.67 MB of pixels, more than the least page
-    put(tmp_path / "images" / "a" / "0.png", encoded(pixels(0, side, side), "PNG"))
+    put(tmp_path / "images" / "a" / "0.bmp", encoded(pixels(0, side, side), "BMP"))
     for i in range(1, 4):
-        put(tmp_path / "images" / "a" / f"{i}.png", encoded(pixels(i, side - i, side), "PNG"))
+        put(tmp_path / "images" / "a" / f"{i}.bmp", encoded(pixels(i, side - i, side), "BMP"))
     scan(tmp_path / "images", tmp_path / "m.jsonl", workers=2)
     write(tmp_path / "m.jsonl", tmp_path / "x.beton", mode="raw", workers=1)
     seal = check_seal(tmp_path / "x.beton")
