@@ -4,7 +4,7 @@ Workers encode and hand over bytes; this process lays them out in the manifest's
 a sample is stored as JPEG or as pixels is known beforehand: ``jpg`` and ``raw`` for all; ``smart``: JPEG where the
 pixels take more than ``smart_threshold`` bytes; ``proportion``: JPEG for that share, by a hash of (seed, sample). Where
 it is JPEG, a file's own bytes are kept if it is a baseline JPEG, RGB or gray, upright, not shrunk, and FFCV's decoder
-takes it; else FFCV's field encodes the upright RGB pixels. Encoded bytes depend on the libraries' versions, so these
+takes it; else FFCV's encoder makes one of the upright RGB pixels. Encoded bytes depend on the libraries' versions, so these
 stand in the journal and in the seal.
 """
 
@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from data_prep.beton import (
     JPG,
     MAX_PAGE,
     PARTIAL,
+    RAW,
     ROW,
     SEAL,
     beside,
@@ -148,18 +150,16 @@ class _Encoder:
     quality: int
 
     def __call__(self, sample: int) -> Encoded:
-        from zlib import crc32
-
         data = self._read(sample)
-        row = np.zeros(1, ROW)
-        row["f1"] = self.manifest.labels[sample]
         width, height = int(self.plan.widths[sample]), int(self.plan.heights[sample])
         kept = bool(self.plan.keepable[sample]) and decodes(data, width, height)
-        if kept:
-            row["f0"]["mode"], row["f0"]["width"], row["f0"]["height"] = JPG, width, height
-        else:
-            data = self._encode(data, row, sample)
-        return Encoded(row.tobytes(), data, crc32(data), kept)
+        as_jpeg = bool(self.plan.as_jpeg[sample])
+        if not kept:
+            data = self._encode(data, (width, height), as_jpeg)
+        row = np.zeros(1, ROW)
+        row["f0"] = (JPG if as_jpeg else RAW, width, height, 0)
+        row["f1"] = self.manifest.labels[sample]
+        return Encoded(row.tobytes(), data, zlib.crc32(data), kept)
 
     def _read(self, sample: int) -> bytes:
         path = self.manifest.paths[sample]
@@ -172,23 +172,14 @@ class _Encoder:
             raise UserError(f"{self.manifest.root / path}: {error}; scan again with: {again}") from None
         return data
 
-    def _encode(self, data: bytes, row: npt.NDArray[np.void], sample: int) -> bytes:
+    def _encode(self, data: bytes, size: tuple[int, int], as_jpeg: bool) -> bytes:
         import cv2
-        from ffcv.fields import RGBImageField
+        from ffcv.fields.rgb_image import encode_jpeg  # not the field's encode: it compiles for seconds in each worker
 
         pixels: Pixels = decode(data)[0]
-        size = int(self.plan.widths[sample]), int(self.plan.heights[sample])
         if size != (pixels.shape[1], pixels.shape[0]):
             pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
-        stored = np.empty(0, np.uint8)
-
-        def malloc(num_bytes: int) -> tuple[int, Pixels]:
-            nonlocal stored
-            stored = np.empty(num_bytes, np.uint8)
-            return 0, stored  # the position is not known here
-
-        field = RGBImageField("jpg" if self.plan.as_jpeg[sample] else "raw", jpeg_quality=self.quality)
-        field.encode(row["f0"], pixels, malloc)
+        stored: Pixels = encode_jpeg(pixels, self.quality) if as_jpeg else pixels
         return stored.tobytes()
 
 

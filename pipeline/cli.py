@@ -232,7 +232,7 @@ def data(
     """
     from pipeline.bench.data import run
 
-    _say(run(beton, manifest, size))
+    _say(run(beton, manifest, image_size=size))
 
 
 @app.command()

@@ -33,7 +33,7 @@ class Meter:
         self._steps, self._images, self._waited, self._since = [], 0, 0.0, time.perf_counter()
 
     def add(self, logs: "dict[str, Tensor]", num_images: int, data_wait_s: float) -> None:
-        """Take a step's scalars, its images over all ranks and the seconds it waited for data; waits for nothing."""
+        """Take a step's scalars (of one device), its images over all ranks and its wait for data; blocks on nothing."""
         # A copy: an engine may write the next step's numbers into the same tensors.
         self._steps.append(({name: value.detach().clone() for name, value in logs.items()}, time.time()))
         self._images += num_images

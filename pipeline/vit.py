@@ -6,6 +6,7 @@ B images, N patches, n tokens, D width.
 
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,10 +45,15 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
+@lru_cache(maxsize=8)
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept on the device: copying them there at each step would make the host wait."""
+    return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] to fp32 with ImageNet's channel mean 0 and standard deviation 1, on the images' device."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _statistics(images.device)
     return (images.float() / 255 - mean) / std
 
 

@@ -137,4 +137,4 @@ class TorchEngine:
 
     def full_params(self) -> dict[str, Tensor]:
         """See ``Engine.full_params``."""
-        return {name: _full(parameter.detach()).float().cpu() for name, parameter in self.named.items()}
+        return {n: _full(p.detach()).to("cpu", torch.float32, copy=True) for n, p in self.named.items()}

@@ -87,6 +87,12 @@ def test_tiny_images_fall_back_to_the_centre(size, box):
     assert (boxes_of(50, *size, (0.2, 1.0))[:, :4] == box).all()
 
 
+@pytest.mark.parametrize("size", [(100, 90), (90, 100)])
+def test_what_fits_no_attempt_is_the_whole_of_a_nearly_square_image(size):
+    boxes = boxes_of(200, *size, (1.0, 1.0))[:, :4].tolist()
+    assert boxes.count([0, 0, *size]) > 150
+
+
 def test_the_boxes_of_a_key_are_fixed():
     """The boxes are part of what a checkpoint continues: changing them changes every run."""
     sides = np.random.default_rng(0).integers(1, 3000, (2, 500))

@@ -198,8 +198,9 @@ def test_closing_or_dropping_iterators_leaves_no_thread_and_no_memory():
         if epoch % 2:
             batches.close()
         rss.append(process.memory_info().rss)
+    held = [loader.batches((0, np.arange(64)) for _ in range(50)) for _ in range(3)]
     loader.close()
-    assert not own_threads()
+    assert not own_threads() and len(held) == 3
     assert rss[-1] - rss[4] < 16e6
     abandoned = loader.batches((0, np.arange(64)) for _ in range(50))
     next(abandoned)

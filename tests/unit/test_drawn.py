@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import drawn as module
 from pipeline.config import UserError
 from pipeline.drawn import CLASSES, MARKER, draw_image, draw_images
 
@@ -128,3 +129,26 @@ def test_colour_says_nothing_about_the_class() -> None:
     # Class means of a channel scatter as 60 independent draws do: by the spread within a class over sqrt(60).
     spread = means.std(1).mean() / np.sqrt(60)
     assert np.abs(means.mean(1) - means.mean((0, 1))).max() < 4 * spread
+
+
+def test_the_two_colours_differ_in_lightness() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [module._colour_pair(rng) for _ in range(300)]
+    gaps = np.array([(first - second) @ module.LUMA for first, second in pairs])
+    assert np.abs(gaps).min() > 0.25
+    assert 0.3 < (gaps > 0).mean() < 0.7
+    assert all(0 <= colour.min() and colour.max() <= 1 for pair in pairs for colour in pair)
+
+
+def test_bars_cover_a_small_part_of_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    cover, shares = module._cover, []
+
+    def measured(rng: np.random.Generator, image: module.Plane, x: module.Plane, y: module.Plane) -> None:
+        before = image.copy()
+        cover(rng, image, x, y)
+        shares.append((image != before).any(-1).mean())
+
+    monkeypatch.setattr(module, "_cover", measured)
+    for index in range(60):
+        draw_image(0, 0, index)
+    assert len(shares) == 60 and min(shares) > 0 and max(shares) < 0.2 and 0.02 < np.mean(shares) < 0.1

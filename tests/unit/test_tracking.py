@@ -227,20 +227,27 @@ def test_resolve_uri(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_store_whose_making_was_cut_off_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dying:
+    path, dies = tmp_path / "new" / "mlflow.db", True
+
+    class Client:
         def __init__(self, uri: str) -> None:
-            Path(uri.removeprefix("sqlite:///")).write_bytes(b"half")
+            self.path = Path(uri.removeprefix("sqlite:///"))
+            assert not self.path.exists()
+            self.path.write_text("half")
 
         def search_experiments(self, max_results: int) -> None:
-            raise KeyboardInterrupt
+            if dies:
+                raise KeyboardInterrupt
+            self.path.write_text("whole")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(mlflow, "MlflowClient", Dying)
-        with pytest.raises(KeyboardInterrupt):
-            mlflow_run._make_sqlite(tmp_path / "new" / "mlflow.db")
-    assert not (tmp_path / "new" / "mlflow.db").exists()
-    mlflow_run._make_sqlite(tmp_path / "new" / "mlflow.db")
-    assert runs_in(f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}") == []
+    monkeypatch.setattr(mlflow, "MlflowClient", Client)
+    with pytest.raises(KeyboardInterrupt):
+        mlflow_run._make_sqlite(path)
+    assert not path.exists()
+    dies = False
+    mlflow_run._make_sqlite(path)
+    assert path.read_text() == "whole"
+    mlflow_run._make_sqlite(path)  # leaves one that is there alone
 
 
 def test_mlflow_itself_stays_quiet(run_dir: Path, tmp_path: Path) -> None:

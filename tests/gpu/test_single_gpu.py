@@ -1,0 +1,61 @@
+"""The single-process engine on one CUDA device; skipped where there is none."""
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.engine.torch import TorchEngine
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+METHODS = ("randsac", "pcae", "mae")
+
+
+def steps(engine: TorchEngine, num_steps: int = 5) -> list[float]:
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for step in range(num_steps):
+        logs = engine.micro_step(images, engine.method.draw(torch.arange(8) + 8 * step), 1, True)
+        engine.step(1e-3, 1.0, 0.9)
+        losses.append(float(logs["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fp32_on_the_device_agrees_with_the_cpu(method, tiny_config):
+    cfg = tiny_config(method, model__drop_path=0.1)
+    cpu, gpu = (steps(TorchEngine(cfg, torch.device(device))) for device in ("cpu", "cuda"))
+    assert gpu == pytest.approx(cpu, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_agrees_with_fp32_within_a_percent(method, tiny_config):
+    exact = steps(TorchEngine(tiny_config(method), torch.device("cuda")))
+    coarse = steps(TorchEngine(tiny_config(method, engine__precision="bf16"), torch.device("cuda")))
+    assert coarse == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_never_waits_for_the_device(method, tiny_config):
+    engine = TorchEngine(tiny_config(method), torch.device("cuda"))
+    steps(engine)
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
+    draw = engine.method.draw(torch.arange(8)).to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.micro_step(images, draw, 1, True)
+        engine.step(1e-3, 1.0, 0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_checkpoint_moves_between_the_cpu_and_the_device(tmp_path, tiny_config):
+    cfg = tiny_config("pcae")
+    gpu, cpu = TorchEngine(cfg, torch.device("cuda")), TorchEngine(cfg, torch.device("cpu"))
+    steps(gpu)
+    path = checkpoint.save(tmp_path, 5, gpu.state(), {})
+    state = cpu.state()
+    checkpoint.load(path, state)
+    cpu.load(state)
+    for name, value in gpu.full_params().items():
+        assert torch.equal(value, cpu.full_params()[name])
