@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -196,12 +196,16 @@ def scan(source: Path, manifest: Path, *, workers: int, progress: Progress | Non
 
     def rows() -> Iterator[dict[str, Any]]:
         yield from ({"path": path, "reason": "outside the class folders"} for path in strays)
-        for done, row in enumerate(ordered_map(partial(_examine, folder), entries, workers), 1):
-            yield row
-            if progress is not None:
-                progress(done, len(entries))
+        with closing(ordered_map(partial(_examine, folder), entries, workers)) as found:
+            for done, row in enumerate(found, 1):
+                yield row
+                if progress is not None:
+                    progress(done, len(entries))
 
-    totals = _write_manifest(folder, entries, rows(), manifest)
+    try:
+        totals = _write_manifest(folder, entries, rows(), manifest)
+    except OSError as error:
+        raise UserError(f"{manifest}: cannot be written: {error.strerror}") from error
     filled = np.bincount(totals.labels, minlength=len(folder.classes))
     return ScanReport(
         manifest=manifest,

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -286,13 +287,13 @@ def verify(beton: Path, *, workers: int, progress: Callable[[int, int], None] | 
     wrong: dict[str, list[int]] = {}
     with ThreadPoolExecutor(1) as pool:  # sha256 leaves the interpreter's lock while it computes
         starts = range(0, seal.num_samples, BLOCK)
-        results = ordered_map(partial(_check_samples, seal), starts, workers)
-        digest = pool.submit(_data_digest, seal)
-        for start, found in zip(starts, results, strict=True):
-            for sample, what in found:
-                wrong.setdefault(what, []).append(sample)
-            if progress is not None:
-                progress(min(start + BLOCK, seal.num_samples), seal.num_samples)
+        with closing(ordered_map(partial(_check_samples, seal), starts, workers)) as results:
+            digest = pool.submit(_data_digest, seal)
+            for start, found in zip(starts, results, strict=True):
+                for sample, what in found:
+                    wrong.setdefault(what, []).append(sample)
+                if progress is not None:
+                    progress(min(start + BLOCK, seal.num_samples), seal.num_samples)
         problems += [f"{_listed(samples)}: {what}" for what, samples in wrong.items()]
         if digest.result() != seal.facts["sha256"]["data"] and not problems:
             problems.append("bytes between the samples are damaged")

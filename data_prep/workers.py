@@ -10,7 +10,7 @@ import os
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any, Final, NoReturn, TypeVar
@@ -93,7 +93,7 @@ def _collect(processes: list[ForkProcess], readers: list[Connection], total: int
         yield waiting.pop(turn)
 
 
-def _results(processes: list[ForkProcess], readers: list[Connection], total: int) -> Iterator[Any]:
+def _results(processes: list[ForkProcess], readers: list[Connection], total: int) -> Generator[Any, None, None]:
     try:
         yield from _collect(processes, readers, total)
     finally:
@@ -104,12 +104,14 @@ def _results(processes: list[ForkProcess], readers: list[Connection], total: int
             reader.close()
 
 
-def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def ordered_map(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int
+) -> Generator[Result, None, None]:
     """``function`` of each item, in order, from processes forked by this call; ``workers=0`` computes in this process.
 
     Raises WorkerError when a worker dies, UserError as raised by ``function``, RuntimeError with the worker's traceback
     for anything else. Every worker has ended when the iterator has ended or is closed.
     """
     if workers == 0 or not items:
-        return map(function, items)
+        return (function(item) for item in items)
     return _results(*_start(function, items, min(workers, len(items))), len(items))

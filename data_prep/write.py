@@ -15,8 +15,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,7 @@ from data_prep.beton import (
 )
 from data_prep.images import ImageError, Pixels, decode
 from data_prep.journal import Encoded, PartialBeton, difference
-from data_prep.scan import Manifest, load_manifest
+from data_prep.scan import Manifest, Progress, load_manifest
 from data_prep.sources import ImageFolder, Source
 from data_prep.verify import check_seal, decodes, import_ffcv, load_seal, seal_text
 from data_prep.workers import ordered_map
@@ -233,21 +233,22 @@ def _check_disk(beton: Path, plan: _Plan) -> None:
                         "make room, choose another disk, or set max_side")  # fmt: skip
 
 
-def _fill(partial: PartialBeton, encode: _Encoder, workers: int, progress: Callable[[int, int], None] | None) -> None:
+def _fill(partial: PartialBeton, encode: _Encoder, workers: int, progress: Progress | None) -> None:
     import cv2
 
     count, threads = encode.manifest.num_samples, cv2.getNumThreads()
     cv2.setNumThreads(0)  # the workers are the parallelism, and a forked thread pool would hang
     try:
-        for sample in ordered_map(encode, range(partial.num_done, count), workers):
-            partial.add(sample)
-            if progress is not None:
-                progress(partial.num_done, count)
+        with closing(ordered_map(encode, range(partial.num_done, count), workers)) as samples:
+            for sample in samples:
+                partial.add(sample)
+                if progress is not None:
+                    progress(partial.num_done, count)
     finally:
         cv2.setNumThreads(threads)
 
 
-def _write(beton: Path, what: dict[str, Any], encode: _Encoder, workers: int, progress: Any) -> int:
+def _write(beton: Path, what: dict[str, Any], encode: _Encoder, workers: int, progress: Progress | None) -> int:
     """Encode, lay out, seal and rename; returns how many samples were there already."""
     plan, count = encode.plan, encode.manifest.num_samples
     with PartialBeton(beton, what, count, plan.page_size) as partial:
@@ -274,7 +275,7 @@ def write(
     proportion: float = 0.5,
     seed: int = 0,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> WriteReport:
     """Write the images of ``manifest`` into the sealed file ``beton``, or go on where an earlier run was stopped.
 

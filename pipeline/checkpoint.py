@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +56,7 @@ def name_of(step: int) -> str:
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Write a checkpoint of ``tensors`` and the JSON ``state`` and publish it under its name; returns its path.
 
+    Those of later steps, which a run has that went back to an earlier one, are removed.
     Raises CheckpointError when it cannot be written (a full disk, say); nothing is left behind and older ones stay.
     """
     final = folder / name_of(step)
@@ -67,6 +69,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
         temporary.rename(final)
         _sync(folder)
+        # A later one was found broken and passed over: left there, retain would keep it in a whole one's place.
+        for later in candidates(folder):
+            if later.name > final.name:
+                shutil.rmtree(later, ignore_errors=True)
     except _failures() as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{final} could not be written: {_cause(error)}") from error
@@ -162,7 +168,11 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
     try:
-        dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is", UserWarning
+            )  # probes load without a process group
+            dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
     except _failures() as error:
         raise CheckpointError(f"{path} does not fit this model: {_cause(error)}") from error
 

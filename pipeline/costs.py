@@ -45,7 +45,7 @@ def keep_count(total: int, ratio: float) -> int:
 
 
 def num_visible(num_tokens: int, mask_ratio: float) -> int:
-    """Visible tokens, floor(N x (1 - mask ratio)) in exact arithmetic (PCAE spec: 196 at 0.85 gives 29)."""
+    """Visible tokens, floor(N x (1 - mask ratio)) in exact arithmetic: 196 at 0.85 gives 29."""
     return floor(num_tokens * (1 - Fraction(repr(mask_ratio))))
 
 
@@ -94,7 +94,7 @@ def cross_block_flops(queries: int, memory: int, width: int, memory_width: int, 
 
 
 def randsac_flops(shape: ModelShape, tokens: int, segment_tokens: int, decoder_depth: int, decoder_width: int) -> Flops:
-    """RandSAC with equal segments: the last one is not encoded, the first not predicted (spec section 4)."""
+    """RandSAC with equal segments: the last one is not encoded, the first not predicted."""
     used = tokens - segment_tokens
     embed = embed_flops(used, shape.width, shape.patch_size)
     encoder = shape.depth * block_flops(used, shape.width)
@@ -125,7 +125,7 @@ def pcae_flops(
     decoder_depth: int,
     decoder_width: int,
 ) -> Flops:
-    """PCAE (spec 5.1): student on visible tokens, compressing teacher without backward, short decoder."""
+    """PCAE: student on visible tokens, compressing teacher without backward, short decoder."""
     visible = num_visible(tokens, mask_ratio)
     entering, kept = teacher_schedule(tokens - visible, shape.depth, stages, keep_ratio)
     embed = embed_flops(visible, shape.width, shape.patch_size)

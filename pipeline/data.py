@@ -6,7 +6,6 @@ the batch would have been handed out, after the good batches before it.
 """
 
 import hashlib
-import io
 import threading
 import time
 import weakref
@@ -215,20 +214,15 @@ class FolderLoader(Loader):
 
     def _pixels(self, sample_id: int) -> UInt8:
         """The whole image, upright RGB: uint8 [height, width, 3]."""
-        from PIL import Image, ImageOps
-
-        from data_prep.images import FORMATS, ImageError, _to_rgb
+        from data_prep.images import ImageError, decode
 
         path = self._paths[sample_id]
         try:
             data = self._source.read(path)
             if hashlib.sha256(data).digest() != self._digests[sample_id].tobytes():
                 raise ImageError("has changed since it was scanned")
-            # Not images.decode, which sets the process's warning filters and so may not run in several threads.
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                image.load()
-                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-        except (ImageError, OSError, SyntaxError, ValueError) as error:
+            return decode(data)[0]
+        except ImageError as error:
             raise UserError(f"{self._source.root / path}: sample {sample_id}: {error}; {self._rescan}") from error
 
 

@@ -28,10 +28,15 @@ class ExportReport:
 
 def export(run_dir: Path, out: Path, weights: str = "model") -> ExportReport:
     """Write the encoder of a run's newest checkpoint. Raises UserError as ``pipeline.runs.restore``."""
-    cfg, method, _, step = restore(Path(run_dir).resolve(), weights)
-    encoder = method.encoder
+    restored = restore(Path(run_dir).resolve(), weights)
+    cfg, encoder = restored.cfg, restored.method.encoder
     kwargs = encoder_kwargs(cfg.shape, cfg.data.image_size, class_token=encoder.has_class_token)
     out.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"method": cfg.method.name, "step": str(step), "weights": weights, "timm_model": cfg.shape.timm_name}
+    metadata = {
+        "method": cfg.method.name,
+        "step": str(restored.step),
+        "weights": weights,
+        "timm_model": cfg.shape.timm_name,
+    }
     save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, out, metadata=metadata)
     return ExportReport(out, cfg.shape.timm_name, kwargs)

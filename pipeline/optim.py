@@ -11,7 +11,7 @@ from pipeline.settings import OptimConfig
 
 
 def takes_decay(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for matrices and tokens: not for biases, norms (MAE's rule) or RandSAC's skip weights (spec section 2)."""
+    """Weight decay is for matrices and tokens: not for biases, norms (MAE's rule) or RandSAC's skip weights."""
     return parameter.dim() > 1 and not name.endswith((".bias", ".skip"))
 
 
@@ -41,5 +41,5 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
 
 
 def momentum_at(step: int, total_steps: int, first: float, last: float) -> float:
-    """The teacher's momentum, half a cosine from ``first`` to ``last`` (PCAE spec 1.7); ``step`` counts from 0."""
+    """The teacher's momentum, half a cosine from ``first`` to ``last``, once an optimizer step; ``step`` counts from 0."""
     return last - (last - first) * 0.5 * (1 + math.cos(math.pi * step / total_steps))

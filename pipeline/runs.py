@@ -1,20 +1,24 @@
 """A run's folder: who may write to it, what it holds, and how its trained method comes back."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import Config, UserError, binding_differences, load_config
 from pipeline.data import Loader, open_loader
 from pipeline.methods import build_method
+from pipeline.methods.common import Method
 from pipeline.runlog import LOG
 
 log = logging.getLogger("patchmill")
@@ -94,33 +98,44 @@ def open_images(cfg: Config, which: Literal["train", "val"], *, augment: bool) -
     )  # fmt: skip
 
 
-def restore(run_dir: Path, weights: str = "model") -> tuple[Config, Any, Any, int]:
-    """(configuration, method, teacher or None, step) of a run's newest whole checkpoint, on the CPU in fp32.
+@dataclass(frozen=True)
+class Restored:
+    """A run's method on the CPU in fp32, its teacher if it has one, the step, and a hash that names these weights."""
+
+    cfg: Config
+    method: Method
+    teacher: nn.Module | None
+    step: int
+    identity: str
+
+
+def restore(run_dir: Path, weights: str = "model") -> Restored:
+    """The method of a run's newest whole checkpoint.
 
     ``weights``: model (the trained encoder), ema (the teacher's average in its place) or untrained (step 0).
     Raises UserError when there is no checkpoint, or no average.
     """
     cfg = read_config(run_dir)
-    method, teacher = build_method(cfg), None
+    method = build_method(cfg)
     if weights == "untrained":
-        return cfg, method, None, 0
+        return Restored(cfg, method, None, 0, f"seed {cfg.train.seed}")
     path = checkpoint.choose(run_dir / "checkpoints")
     if path is None:
         raise UserError(f"{run_dir} holds no checkpoint yet; train it first: patchmill train {run_dir / CONFIG}")
     tensors = {f"model.{name}": parameter.detach() for name, parameter in method.named_parameters()}
-    average = {}
-    twin = method.build_teacher()
-    if twin is not None:
-        teacher = twin.to_empty(device="cpu")
-        own = dict(method.encoder.named_parameters())
-        average = {f"ema.encoder.{n}": p.detach() for n, p in teacher.named_parameters() if own[n].requires_grad}
+    own, twin = dict(method.encoder.named_parameters()), method.build_teacher()
+    teacher = twin.to_empty(device="cpu") if twin is not None else None
+    if teacher is not None:
+        tensors |= {f"ema.encoder.{n}": p.detach() for n, p in teacher.named_parameters() if own[n].requires_grad}
     elif weights == "ema":
         raise UserError(f"{run_dir}: {cfg.method.name} keeps no average of its weights; use the model's")
-    checkpoint.load(path, {**tensors, **average})
+    checkpoint.load(path, tensors)
     if teacher is not None:
         with torch.no_grad():
-            teacher.pos_embed.copy_(method.encoder.pos_embed)
-            if weights == "ema":
-                for name, parameter in teacher.named_parameters():
+            for name, parameter in teacher.named_parameters():
+                if not own[name].requires_grad:
+                    parameter.copy_(own[name])
+                elif weights == "ema":
                     own[name].copy_(parameter)
-    return cfg, method, teacher, int(checkpoint.read_state(path)["step"])
+    identity = hashlib.sha256((path / checkpoint.SEAL).read_bytes()).hexdigest()
+    return Restored(cfg, method, teacher, int(checkpoint.read_state(path)["step"]), f"{weights} {identity}")

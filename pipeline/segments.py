@@ -47,7 +47,7 @@ def permutation(keys: Tensor, tag: str, size: int, first_counter: int = 0) -> Te
 
 
 def split_tokens(keys: Tensor, num_tokens: int, num_visible: int) -> tuple[Tensor, Tensor]:
-    """Random visible and masked token ids, [B, num_visible] and [B, N - num_visible] (PCAE spec 1.5 step 3; MAE)."""
+    """Random visible and masked token ids, [B, num_visible] and [B, N - num_visible]."""
     order = permutation(keys, "mask", num_tokens)
     return order[:, :num_visible].contiguous(), order[:, num_visible:].contiguous()
 
@@ -65,7 +65,7 @@ def drop_path_keep(keys: Tensor, rates: Sequence[float]) -> Tensor | None:
 def square_segments(grid: int, size: int) -> Tensor:
     """Segment of each token when a grid x grid image is cut in squares of size x size tokens: int64 [N], ids in raster order.
 
-    RandSAC spec 1.3 (2). Raises ValueError when ``size`` does not divide ``grid``.
+    Raises ValueError when ``size`` does not divide ``grid``.
     """
     if grid % size:
         raise ValueError(f"segments of {size} x {size} tokens do not tile a grid of {grid} x {grid}")
@@ -77,7 +77,7 @@ def hierarchical_ranks(keys: Tensor, segments: Tensor, partition: Tensor) -> Ten
     """Rank of each token: int64 [B, N], 0..K-1 in the order of prediction, another order for each key.
 
     Partitions are visited in random order; inside one, all its segments in random order before the next
-    (RandSAC spec 1.3 (5) and 1.4). ``segments``: int64 [N], ids 0..K-1; ``partition``: int64 [K].
+    (RandSAC, hierarchical serialisation). ``segments``: int64 [N], ids 0..K-1; ``partition``: int64 [K].
     """
     num_segments, num_parts = len(partition), int(partition.max()) + 1
     part_place = permutation(keys, "segment", num_parts).argsort(dim=1)
@@ -105,7 +105,7 @@ def segment_sizes(ranks: Tensor) -> tuple[int, ...]:
 
 
 def rank_mask(query_ranks: Tensor, key_ranks: Tensor, *, strict: bool = False) -> Tensor:
-    """Which keys a query may attend to: bool [..., Q, S], key rank <= query rank, or < when ``strict`` (RandSAC spec 1.5).
+    """Which keys a query may attend to: bool [..., Q, S], key rank <= query rank, or < when ``strict``.
 
     Raises ValueError when a query may attend to nothing: its attention would be undefined.
     """
@@ -121,7 +121,7 @@ def block_masks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
     """(source, target, memory) masks of rank-sorted tokens with these segment sizes; shared by all images.
 
     Source [n_s, n_s]: encoder tokens, ranks 0..K-2. Target [n_t, n_t]: decoder positions, ranks 1..K-1. Memory
-    [n_t, n_s]: strictly earlier segments only. RandSAC spec 1.5.
+    [n_t, n_s]: strictly earlier segments only.
     """
     ranks = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     source, target = ranks[: len(ranks) - sizes[-1]], ranks[sizes[0] :]
@@ -130,7 +130,7 @@ def block_masks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
 
 
 def redundancy(tokens: Tensor) -> Tensor:
-    """How like all others each token is: the inner product with the mean of the unit tokens, fp32 [B, n] (PCAE spec 1.4).
+    """How like all others each token is: the inner product with the mean of the unit tokens, fp32 [B, n].
 
     Equal to the row means of the cosine matrix. In fp32 whatever the precision of ``tokens`` [B, n, D]: in bf16
     near-ties would be decided by rounding.
@@ -142,7 +142,7 @@ def redundancy(tokens: Tensor) -> Tensor:
 def keep_least_redundant(tokens: Tensor, num_keep: int) -> Tensor:
     """Indices of the ``num_keep`` tokens least like the mean: int64 [B, num_keep], ascending redundancy, ties by index.
 
-    PCAE spec 1.4. Raises ValueError unless 1 <= num_keep <= n. No gradient flows through the choice.
+    Raises ValueError unless 1 <= num_keep <= n. No gradient flows through the choice.
     """
     if not 1 <= num_keep <= tokens.shape[1]:
         raise ValueError(f"cannot keep {num_keep} of {tokens.shape[1]} tokens")

@@ -81,7 +81,7 @@ def pixel_rows(patches: Tensor) -> Tensor:
 
 
 def standardise(rows: Tensor) -> Tensor:
-    """Each row of the last axis with mean 0 and unbiased variance 1: (x - mean) / sqrt(var + 1e-6) (MAE; specs 1.8, 1.6)."""
+    """Each row of the last axis with mean 0 and unbiased variance 1: (x - mean) / sqrt(var + 1e-6) (MAE's norm_pix_loss)."""
     rows = rows.float()
     return (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, keepdim=True) + 1e-6).sqrt()
 
@@ -201,10 +201,10 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm decoder block: masked self-attention, masked cross-attention, MLP (RandSAC spec 1.6)."""
+    """Pre-norm decoder block: masked self-attention, masked cross-attention, MLP."""
 
     def __init__(self, width: int, memory_width: int, heads: int) -> None:
-        """``memory_width`` is the encoder's width; the memory is normalised here, once a block (spec D5)."""
+        """``memory_width`` is the encoder's width; the memory is normalised here, once a block, as CrossMAE does."""
         super().__init__()
         self.norm1, self.attn = LayerNorm(width), Attention(width, heads, qkv_bias=True)
         self.norm2, self.norm_memory = LayerNorm(width), LayerNorm(memory_width)

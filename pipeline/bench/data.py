@@ -46,11 +46,13 @@ def _one_thread() -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1), cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads[0]), cv2.setNumThreads(threads[1])
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
 
 
 def _order(epoch: int, num_samples: int) -> list[Int64]:

@@ -1,5 +1,6 @@
 """Probes of a frozen encoder: kNN and linear."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,39 +29,32 @@ def probe(run_dir: Path, name: Literal["knn", "linear"], weights: str = "model")
     ``weights``: model, ema, untrained, or pixels (no encoder: the images averaged to 32 px). Features are kept in the
     run folder. Raises UserError for a run without checkpoint or validation images.
     """
-    from pipeline.evaluate.features import cached, extract, pixels
+    from pipeline.evaluate.features import Features, cached, extract, pixels
     from pipeline.evaluate.knn import knn_accuracy
     from pipeline.evaluate.linear import linear_accuracy
     from pipeline.runs import open_images, read_config, restore
     from pipeline.tracking import RunLog
 
     run_dir = Path(run_dir).resolve()
-    if weights == "pixels":
-        cfg, method, step = read_config(run_dir), None, 0
-    else:
-        cfg, method, _, step = restore(run_dir, weights)
-    parts = []
-    for which in ("train", "val"):
-        loader = open_images(cfg, which, augment=False)
-        if method is None:
-            parts.append(pixels(loader, batch_size=cfg.eval.batch_size, device="cpu"))
-        else:
-            key = {
-                "weights": weights,
-                "step": str(step),
-                "image_set": loader.image_set,
-                "crop": str(cfg.data.eval_crop),
-            }
+    cfg = read_config(run_dir)
+    restored = None if weights == "pixels" else restore(run_dir, weights)
+
+    def features(which: Literal["train", "val"]) -> Features:
+        with contextlib.closing(open_images(cfg, which, augment=False)) as loader:
+            if restored is None:
+                return pixels(loader, batch_size=cfg.eval.batch_size, device="cpu")
+            key = {"weights": restored.identity, "image_set": loader.image_set, "crop": str(cfg.data.eval_crop)}
             path = run_dir / "features" / f"{weights}-{which}.safetensors"
-            parts.append(cached(path, key, lambda loader=loader: extract(
-                method.encoder, loader, batch_size=cfg.eval.batch_size, device="cpu")))  # fmt: skip
-        loader.close()
-    train, test = parts
+            return cached(path, key, lambda: extract(restored.method.encoder, loader, batch_size=cfg.eval.batch_size,
+                                                     device="cpu"))  # fmt: skip
+
+    train, test = features("train"), features("val")
+    classes = int(train.labels.max()) + 1
     if name == "knn":
-        top1 = knn_accuracy(train, test, num_classes=loader.num_classes, k=cfg.eval.knn_k,
-                            temperature=cfg.eval.knn_temperature)  # fmt: skip
+        top1 = knn_accuracy(train, test, num_classes=classes, k=cfg.eval.knn_k, temperature=cfg.eval.knn_temperature)
     else:
-        top1 = linear_accuracy(train, test, num_classes=loader.num_classes, l2=cfg.eval.linear_l2)
-    report = ProbeReport(name, weights, step, top1, len(train.labels), len(test.labels))
-    RunLog(run_dir / "log.jsonl").write("eval", step=step, **{f"{name}_{weights}": top1})
+        top1 = linear_accuracy(train, test, num_classes=classes, l2=cfg.eval.linear_l2)
+    report = ProbeReport(name, weights, restored.step if restored else 0, top1, len(train.labels), len(test.labels))
+    with RunLog(run_dir / "log.jsonl") as log:
+        log.write("eval", step=report.step, **{f"{name}_{weights}": top1})
     return report

@@ -1,9 +1,11 @@
 """What the methods share: the draws, the prediction, the loss over tokens, and figures."""
 
 import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import matplotlib.figure
 import numpy as np
@@ -68,30 +70,6 @@ class Prediction:
     weight: Tensor
 
 
-class Method(Protocol):
-    """What the trainer needs of a method: an ``nn.Module`` with these members."""
-
-    encoder: nn.Module
-
-    def draw(self, keys: Tensor) -> Draw:
-        """All randomness of a batch from its per-sample keys, int64 [B] on the CPU."""
-
-    def predict(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> Prediction:
-        """Predictions and targets of images uint8 [B, 3, H, W]."""
-
-    def forward(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a scalar, and detached scalars for the log."""
-
-    def layers(self) -> list[nn.Module]:
-        """The modules that checkpointing, compilation and sharding wrap, in order."""
-
-    def figure(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> Image.Image:
-        """A picture of what the method does with these images."""
-
-    def build_teacher(self) -> nn.Module | None:
-        """A module shaped like the part of the encoder that the EMA follows, same names; None without a teacher."""
-
-
 def drop_path_rates(encoder: nn.Module) -> list[float]:
     """The stochastic-depth rate of each block."""
     return [block.drop_rate for block in encoder.blocks]
@@ -117,9 +95,49 @@ def pixel_loss(prediction: Prediction) -> Tensor:
 
 
 def cosine_loss(prediction: Prediction) -> Tensor:
-    """1 - cosine over channels, then the mean over tokens and images, in fp32 (PCAE spec 1.6). In [0, 2]."""
+    """1 - cosine over channels, then the mean over tokens and images, in fp32 (PCAE). In [0, 2]."""
     cosine = F.cosine_similarity(prediction.pred.float(), prediction.target, dim=-1)
     return token_mean(1 - cosine, prediction.weight)
+
+
+class Method(nn.Module, ABC):
+    """What the trainer needs of a method. A method gives it an encoder, a decoder with blocks, and the four functions below.
+
+    ``token_loss`` turns a ``Prediction`` into the scalar loss.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    token_loss: Callable[[Prediction], Tensor] = staticmethod(pixel_loss)
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Fill all weights from the seed; ``__init__`` only builds shapes."""
+
+    @abstractmethod
+    def draw(self, keys: Tensor) -> Draw:
+        """All randomness of a batch from its per-sample keys, int64 [B] on the CPU."""
+
+    @abstractmethod
+    def predict(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> Prediction:
+        """Predictions and targets of images uint8 [B, 3, H, W]."""
+
+    @abstractmethod
+    def figure(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> Image.Image:
+        """A picture of what the method does with these images."""
+
+    def forward(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a scalar, and detached scalars for the log."""
+        loss = self.token_loss(self.predict(images, draw, teacher))
+        return loss, {"loss": loss.detach()}
+
+    def layers(self) -> list[nn.Module]:
+        """The modules that checkpointing, compilation and sharding wrap: encoder blocks, then decoder blocks."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
+    def build_teacher(self) -> nn.Module | None:
+        """A module shaped like the part of the encoder that the EMA follows, same names; None without a teacher."""
+        return None
 
 
 def restore_pixels(rows: Tensor, like: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from pipeline.costs import num_visible
 from pipeline.methods.common import (
     MaskDraw,
+    Method,
     Prediction,
     drop_path_rates,
     mask_draw,
     panels,
-    pixel_loss,
     restore_pixels,
     rows_to_image,
 )
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-class MAE(nn.Module):
+class MAE(Method):
     """Encode the visible patches, decode all, predict the pixels of the masked ones."""
 
     def __init__(self, cfg: "Config") -> None:
@@ -67,20 +67,6 @@ class MAE(nn.Module):
         pred = self.decoder(encoded, draw.visible_ids, draw.masked_ids)
         target = standardise(pixel_rows(gather_tokens(patches, draw.masked_ids)))
         return Prediction(pred.float(), target, draw.masked_ids, torch.ones(draw.masked_ids.shape, device=pred.device))
-
-    def forward(
-        self, images: Tensor, draw: MaskDraw, teacher: nn.Module | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of standardised pixels over the masked patches."""
-        loss = pixel_loss(self.predict(images, draw))
-        return loss, {"loss": loss.detach()}
-
-    def layers(self) -> list[nn.Module]:
-        """Encoder blocks, then decoder blocks."""
-        return [*self.encoder.blocks, *self.decoder.blocks]
-
-    def build_teacher(self) -> None:
-        """MAE has no teacher."""
 
     @torch.no_grad()
     def figure(self, images: Tensor, draw: MaskDraw, teacher: nn.Module | None = None) -> Image.Image:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.costs import drop_blocks, keep_count, num_visible
 from pipeline.methods.common import (
     MaskDraw,
+    Method,
     Prediction,
     cosine_loss,
     drop_path_rates,
@@ -69,8 +70,13 @@ class Teacher(VisionTransformer):
         return compress(self, patches, ids, drops, keep_ratio)
 
 
-class PCAE(nn.Module):
-    """Student, decoder and loss; the teacher is handed in by the engine."""
+class PCAE(Method):
+    """Student, decoder and loss; the teacher is handed in by the engine.
+
+    The loss is 1 - cosine between prediction and target, averaged over the kept tokens; about 1 at first.
+    """
+
+    token_loss = staticmethod(cosine_loss)
 
     def __init__(self, cfg: "Config") -> None:
         """Empty weights; raises ValueError for more stages than blocks."""
@@ -116,17 +122,6 @@ class PCAE(nn.Module):
         encoded = encode_visible(self.encoder, visible, draw.visible_ids, draw.drop_path)
         pred = self.decoder(encoded, draw.visible_ids, stages[-1])
         return Prediction(pred.float(), target, stages[-1], torch.ones(stages[-1].shape, device=pred.device))
-
-    def forward(
-        self, images: Tensor, draw: MaskDraw, teacher: nn.Module | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """1 - cosine between prediction and target, averaged over the kept tokens; in [0, 2], about 1 at first."""
-        loss = cosine_loss(self.predict(images, draw, teacher))
-        return loss, {"loss": loss.detach()}
-
-    def layers(self) -> list[nn.Module]:
-        """Encoder blocks, then decoder blocks."""
-        return [*self.encoder.blocks, *self.decoder.blocks]
 
     def build_teacher(self) -> Teacher:
         """A frozen twin of the encoder on the CPU, empty weights, no stochastic depth."""

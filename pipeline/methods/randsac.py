@@ -12,18 +12,27 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.methods.common import (
+    Method,
     Prediction,
     RankDraw,
     drop_path_rates,
     panels,
-    pixel_loss,
     restore_pixels,
     rows_to_image,
 )
 from pipeline.segments import block_masks, drop_path_keep, gather_tokens, hierarchical_ranks, square_segments
-from pipeline.vit import CrossBlock, LayerNorm, build_encoder, embed, initialise, normalise, patchify, pixel_rows
-
-from pipeline.vit import sincos_2d, standardise  # isort: skip
+from pipeline.vit import (
+    CrossBlock,
+    LayerNorm,
+    build_encoder,
+    embed,
+    initialise,
+    normalise,
+    patchify,
+    pixel_rows,
+    sincos_2d,
+    standardise,
+)
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -58,7 +67,7 @@ class SegmentDecoder(nn.Module):
         return self.head(self.norm(y))
 
 
-class RandSAC(nn.Module):
+class RandSAC(Method):
     """The method with square segments, hierarchical order and skip connections."""
 
     def __init__(self, cfg: "Config") -> None:
@@ -114,20 +123,6 @@ class RandSAC(nn.Module):
         pred = self.decoder(layers, target_ids, target_mask, memory_mask)
         target = standardise(pixel_rows(gather_tokens(patches, target_ids)))
         return Prediction(pred.float(), target, target_ids, torch.ones_like(target_ids, dtype=torch.float32))
-
-    def forward(
-        self, images: Tensor, draw: RankDraw, teacher: nn.Module | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of standardised pixels over all predicted tokens."""
-        loss = pixel_loss(self.predict(images, draw))
-        return loss, {"loss": loss.detach()}
-
-    def layers(self) -> list[nn.Module]:
-        """Encoder blocks, then decoder blocks."""
-        return [*self.encoder.blocks, *self.decoder.blocks]
-
-    def build_teacher(self) -> None:
-        """RandSAC has no teacher."""
 
     @torch.no_grad()
     def figure(self, images: Tensor, draw: RankDraw, teacher: nn.Module | None = None) -> Image.Image:

@@ -42,6 +42,7 @@ def of_every_kind() -> dict[str, bytes]:
         "plain.JPEG": encoded(pixels(3), "JPEG", quality=95),
         "gray.jpg": encoded(gray, "JPEG", quality=95),
         "turned.jpg": rotated_jpeg(4, 6),
+        "upside_down.jpg": rotated_jpeg(11, 3),
         "upright.jpg": rotated_jpeg(5, 1),
         "cmyk.jpg": encoded(Image.fromarray(pixels(6)).convert("CMYK"), "JPEG", quality=95),
         "progressive.jpg": encoded(pixels(7), "JPEG", quality=95, progressive=True),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -327,6 +327,7 @@ def test_no_value_makes_anything_but_a_config_or_a_users_error(pairs: list[tuple
     low=st.floats(0.01, 1),
     clip=st.none() | st.floats(1e-6, 1e6),
 )
+@example(experiment="1e-3", base_lr=1e-4, seed=-(2**63), jit="off", low=0.2, clip=None)
 def test_the_resolved_yaml_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory,
     experiment: str,

@@ -137,7 +137,7 @@ def test_the_two_colours_differ_in_lightness() -> None:
     gaps = np.array([(first - second) @ module.LUMA for first, second in pairs])
     assert np.abs(gaps).min() > 0.25
     assert 0.3 < (gaps > 0).mean() < 0.7
-    assert all(0 <= colour.min() and colour.max() <= 1 for pair in pairs for colour in pair)
+    assert all(colour.min() >= 0 and colour.max() <= 1 for pair in pairs for colour in pair)
 
 
 def test_bars_cover_a_small_part_of_every_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,8 @@ def test_every_trained_parameter_and_no_frozen_one_has_a_gradient(
     engine = make(tiny(name, model__drop_path=drop_path))
     engine.micro_step(images, engine.method.draw(KEYS), 1, True)
     assert gradients(engine).keys() == engine.named.keys() - FROZEN[name]
-    assert [n for n, g in gradients(engine).items() if not g.any()] == []
+    if not drop_path:  # with it, a branch that all images of the batch drop has a gradient of zeros
+        assert [n for n, g in gradients(engine).items() if not g.any()] == []
     optimized = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for n, p in engine.named.items() if n not in FROZEN[name]}
 
@@ -173,7 +174,11 @@ def test_grad_norm_is_global_and_taken_before_clipping(tiny: Any, images: Tensor
 
 
 def plain_adamw(
-    weights: dict[str, Tensor], grads: list[dict[str, Tensor]], lrs: list[float], decay: dict[str, float], clip: float | None
+    weights: dict[str, Tensor],
+    grads: list[dict[str, Tensor]],
+    lrs: list[float],
+    decay: dict[str, float],
+    clip: float | None,
 ) -> dict[str, Tensor]:
     """Loshchilov and Hutter's AdamW in float64, betas 0.9 and 0.95, eps 1e-8, gradients clipped by the global norm."""
     result = {}

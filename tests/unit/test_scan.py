@@ -1,5 +1,6 @@
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -58,14 +59,14 @@ def test_every_kind_becomes_upright_rgb_by_one_rule(kinds, tmp_path):
     }
     for name, expected in exact.items():
         assert manifest.pixel_sha256[rows[name]].tobytes() == sha(expected), name
-    close = {"plain.JPEG": pixels(3), "gray.jpg": gray, "turned.jpg": np.rot90(pixels(4), -1), "upright.jpg": pixels(5),
+    close = {"plain.JPEG": pixels(3), "gray.jpg": gray, "turned.jpg": np.rot90(pixels(4), -1), "upright.jpg": pixels(5), "upside_down.jpg": pixels(11)[::-1, ::-1],
              "cmyk.jpg": pixels(6), "progressive.jpg": pixels(7), "stereo.jpg": pixels(10)}  # fmt: skip
     for name, expected in close.items():
         found = decode(of_every_kind()[name])[0]
         assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 5, name
         assert manifest.pixel_sha256[rows[name]].tobytes() == sha(found)
         assert (manifest.heights[rows[name]], manifest.widths[rows[name]]) == expected.shape[:2]
-    assert report.num_samples == len(rows) == 13 and report.num_quarantined == 0 and not quarantined(report.manifest)
+    assert report.num_samples == len(rows) == 14 and report.num_quarantined == 0 and not quarantined(report.manifest)
 
 
 def test_the_manifest_says_what_the_files_are(kinds, tmp_path):
@@ -152,7 +153,7 @@ def test_the_manifest_is_the_same_for_any_number_of_workers(kinds, tmp_path):
             workers=workers,
             progress=lambda done, total, seen=seen: seen.append((done, total)),
         )
-        assert seen == [(i, 14) for i in range(1, 15)]
+        assert seen == [(i, 15) for i in range(1, 16)]
         outcomes.add(((tmp_path / "m.jsonl").read_bytes(), (tmp_path / "m.quarantine.jsonl").read_bytes()))
     assert len(outcomes) == 1
     assert sorted(os.listdir(tmp_path)) == ["images", "m.jsonl", "m.quarantine.jsonl"]
@@ -238,6 +239,15 @@ def test_an_edited_manifest_is_refused(small, line, change, words):
     assert str(small) in str(error.value)
 
 
+def test_a_manifest_that_cannot_be_written_is_a_clear_error(tmp_path):
+    root = plain_set(tmp_path / "images", 3)
+    (tmp_path / "m.jsonl").mkdir()
+    with pytest.raises(UserError, match="m.jsonl: cannot be written: Is a directory"):
+        scan(root, tmp_path / "m.jsonl", workers=2)
+    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+        scan(root, tmp_path / "nowhere" / "m.jsonl", workers=2)
+
+
 def test_a_missing_manifest_is_refused(tmp_path):
     with pytest.raises(UserError, match="nothing.jsonl: the manifest cannot be read"):
         load_manifest(tmp_path / "nothing.jsonl")
@@ -289,6 +299,15 @@ def test_results_come_in_order_and_errors_come_as_they_are():
     for first, error, words in ((3, UserError, "file 3 is wrong"), (4, RuntimeError, "ZeroDivisionError: in work")):
         with pytest.raises(error, match=words):
             list(ordered_map(mistaken, [first] * 9, 2))
+
+
+def test_no_worker_is_left_while_an_error_is_handled(tmp_path):
+    def progress(done, total):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as held:  # its traceback keeps every frame alive
+        scan(plain_set(tmp_path / "images", 60), tmp_path / "m.jsonl", workers=2, progress=progress)
+    assert held and not multiprocessing.active_children()
 
 
 def test_workers_have_ended_when_the_iterator_is_closed():

@@ -1,5 +1,6 @@
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -147,7 +148,7 @@ def test_every_kind_is_proved_by_verify_and_upright(kinds, tmp_path, mode):
     write(kinds, tmp_path / "x.beton", **MODES[mode], workers=1)
     report = verify(tmp_path / "x.beton", workers=2)
     seal, manifest = check_seal(tmp_path / "x.beton"), load_manifest(kinds)
-    assert report.num_samples == seal.num_samples == 15 and report.image_set == manifest.image_set == seal.image_set
+    assert report.num_samples == seal.num_samples == 16 and report.image_set == manifest.image_set == seal.image_set
     assert seal.widths.tolist() == manifest.widths.tolist() and seal.heights.tolist() == manifest.heights.tolist()
     assert (seal.max_width, seal.max_height) == (200, 90)
     import cv2
@@ -307,6 +308,24 @@ def test_a_crash_at_any_step_of_the_end_is_mended_by_a_rerun(plain, begun, tmp_p
     assert crashes >= 7
 
 
+def test_no_worker_is_left_while_an_error_is_handled(plain, tmp_path):
+    with pytest.raises(StopError) as held:  # its traceback keeps every frame alive
+        write(plain, tmp_path / "x.beton", workers=2, progress=stop_after(1))
+    assert held and not multiprocessing.active_children()
+
+
+def test_opencv_starts_no_threads_of_its_own(plain, tmp_path, monkeypatch):
+    import cv2
+
+    seen, resize = set(), cv2.resize
+    monkeypatch.setattr(cv2, "resize", lambda *args, **more: seen.add(cv2.getNumThreads()) or resize(*args, **more))
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    write(plain, tmp_path / "x.beton", max_side=20, workers=0)
+    assert seen == {1} and cv2.getNumThreads() == 3
+    cv2.setNumThreads(before)
+
+
 def test_what_is_complete_is_left_alone(plain, tmp_path):
     write(plain, tmp_path / "x.beton", workers=0)
     before = os.stat(tmp_path / "x.beton")
@@ -456,7 +475,7 @@ def test_the_seal_says_what_was_done(kinds, tmp_path):
     write(kinds, tmp_path / "x.beton", quality=80, max_side=100, workers=0)
     facts = json.loads(form.beside(tmp_path / "x.beton", form.SEAL).read_bytes())
     assert facts["options"] == {"mode": "jpg", "quality": 80, "max_side": 100}
-    assert facts["classes"] == ["a", "b"] and facts["num_samples"] == 15
+    assert facts["classes"] == ["a", "b"] and facts["num_samples"] == 16
     assert facts["image_set"] == load_manifest(kinds).image_set
     assert set(facts["versions"]) == {"ffcv", "opencv-python", "pillow", "numpy", "libjpeg_turbo"}
     assert facts["size"] == (tmp_path / "x.beton").stat().st_size
