@@ -80,6 +80,19 @@ class ScanReport:
     num_bytes: int
     seconds: float
 
+    def __str__(self) -> str:
+        """What a person wants to know, a line a fact."""
+        size = f"{self.num_bytes / 2**20:.1f} MiB"
+        lines = [
+            f"{self.num_samples} images of {self.num_classes} classes, {size}, in {self.seconds:.1f} s: {self.manifest}"
+        ]
+        if self.num_quarantined:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
+            lines.append(f"{self.num_quarantined} files left out ({reasons}), listed in {self.quarantine}")
+        if self.empty_classes:
+            lines.append(f"classes without an image: {', '.join(self.empty_classes)}")
+        return "\n".join(lines)
+
 
 def quarantine_path(manifest: Path) -> Path:
     """Where `scan` lists what it left out of ``manifest``."""

@@ -97,6 +97,11 @@ class VerifyReport:
     num_bytes: int
     seconds: float
 
+    def __str__(self) -> str:
+        """One line for people."""
+        return (f"{self.beton} is whole: {self.num_samples} images of {self.num_classes} classes ({self.num_jpeg} as JPEG), "
+                f"{self.num_bytes / 2**20:.1f} MiB, every hash and every image checked in {self.seconds:.1f} s")  # fmt: skip
+
 
 def _digest(facts: dict[str, Any]) -> str:
     """The seal's own sha256, over everything else in it."""

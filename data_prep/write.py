@@ -70,6 +70,14 @@ class WriteReport:
     already_complete: bool
     seconds: float
 
+    def __str__(self) -> str:
+        """One line for people."""
+        if self.already_complete:
+            return f"{self.beton} is complete already: {self.num_samples} images, sealed"
+        resumed = f", {self.num_resumed} of them from an interrupted run" if self.num_resumed else ""
+        return (f"{self.num_samples} images ({self.num_kept} with their own bytes{resumed}), {self.num_bytes / 2**20:.1f} MiB, "
+                f"in {self.seconds:.1f} s, sealed: {self.beton}")  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
@@ -307,15 +315,8 @@ def write(
     except OSError as error:
         raise _cannot_write(beton, error) from error
     facts = load_seal(beton)
-    return WriteReport(
-        beton=beton,
-        num_samples=facts["num_samples"],
-        num_kept=facts["num_kept"],
-        num_resumed=resumed,
-        num_bytes=facts["size"],
-        already_complete=complete,
-        seconds=time.monotonic() - started,
-    )
+    sizes = facts["num_samples"], facts["num_kept"], resumed, facts["size"]
+    return WriteReport(beton, *sizes, already_complete=complete, seconds=time.monotonic() - started)
 
 
 def _cannot_write(beton: Path, error: OSError) -> UserError:

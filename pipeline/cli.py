@@ -232,7 +232,8 @@ def data(
     """
     from pipeline.bench.data import run
 
-    _say(run(beton, manifest, image_size=size))
+    for row in run(beton, manifest, image_size=size):
+        _say(row)
 
 
 @app.command()

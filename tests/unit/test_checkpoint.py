@@ -226,7 +226,7 @@ def test_a_seal_of_garbage_is_passed_over(text: str, pair: Path, warnings: list[
     assert len(warnings) == 1 and "step-00000002" in warnings[0]
 
 
-@given(st.data())
+@given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_byte_of_the_seal_may_change(data: st.DataObject, made_pair: Path) -> None:
     """Either it still proves the files, or the one before is used; never an error."""

@@ -127,6 +127,14 @@ def test_a_line_of_the_checkpoints_step_stays_and_discards_pile_up(tmp_path: Pat
     assert (tmp_path / LOG).stat().st_ino == before
 
 
+def test_a_cut_line_alone_is_removed(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 3)
+    whole = (tmp_path / LOG).read_bytes()
+    (tmp_path / LOG).write_bytes(whole + b'{"kind": "tr')
+    assert discard_after(tmp_path, 3) == 0
+    assert (tmp_path / LOG).read_bytes() == whole and not (tmp_path / DISCARDED).exists()
+
+
 class Killed(BaseException):
     pass
 

@@ -59,8 +59,16 @@ def test_every_kind_becomes_upright_rgb_by_one_rule(kinds, tmp_path):
     }
     for name, expected in exact.items():
         assert manifest.pixel_sha256[rows[name]].tobytes() == sha(expected), name
-    close = {"plain.JPEG": pixels(3), "gray.jpg": gray, "turned.jpg": np.rot90(pixels(4), -1), "upright.jpg": pixels(5), "upside_down.jpg": pixels(11)[::-1, ::-1],
-             "cmyk.jpg": pixels(6), "progressive.jpg": pixels(7), "stereo.jpg": pixels(10)}  # fmt: skip
+    close = {
+        "plain.JPEG": pixels(3),
+        "gray.jpg": gray,
+        "turned.jpg": np.rot90(pixels(4), -1),
+        "upside_down.jpg": pixels(11)[::-1, ::-1],
+        "upright.jpg": pixels(5),
+        "cmyk.jpg": pixels(6),
+        "progressive.jpg": pixels(7),
+        "stereo.jpg": pixels(10),
+    }
     for name, expected in close.items():
         found = decode(of_every_kind()[name])[0]
         assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 5, name

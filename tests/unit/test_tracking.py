@@ -25,7 +25,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "MAX_RETRY_S", 0.05)
 
 
-def test_a_run_arrives_whole(run_dir: Path, write_config: Callable[..., object], uri: str) -> None:
+def test_a_run_arrives_whole(
+    run_dir: Path, write_config: Callable[..., object], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
     write_config()
     (run_dir / "data_seal.json").write_text("{}")
     params = {"train.seed": 3, "long": "x" * 7000, "none": None, "k" * 300: 1, **{f"p{i}": i for i in range(150)}}
