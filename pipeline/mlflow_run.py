@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,19 +50,19 @@ def redact(text: str) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line of at most 200 characters, without secrets of a URL."""
-    return redact(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+    """An error's first line, of at most 200 characters, without secrets of a URL."""
+    return redact(f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
 def prepare_mlflow() -> None:
     """Bound each request and silence MLflow; a value that the user has set wins."""
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-             "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_LOGGING_LEVEL": "ERROR",
+             "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_LOGGING_LEVEL": "CRITICAL",
              "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}  # fmt: skip
     for name, value in quick.items():
         os.environ.setdefault(name, value)
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors reach us as exceptions, without a page of traceback
 
 
 @contextlib.contextmanager
@@ -99,10 +100,15 @@ def _make_sqlite(path: Path) -> None:
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.partial")
-            temporary.unlink(missing_ok=True)
+            for old in path.parent.glob(f".{path.name}.*.partial*"):
+                old.unlink()
+            # A new name each time: MLflow keeps a connection to every store that it has seen.
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
             MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
             temporary.rename(path)
+    # MLflow tries a database that cannot be opened for minutes before it says so.
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA schema_version")
 
 
 class Remote:

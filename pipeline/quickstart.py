@@ -1,6 +1,7 @@
 """The whole chain on drawn images: pack, pretrain with the three methods, probe, draw, track."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.metrics import Progress
-from pipeline.tracking import read_log
+from pipeline.runlog import Record, read_log
 
 # The longest first: with two at a time the others run beside it.
 METHODS = ("pcae", "randsac", "mae")
@@ -53,15 +54,18 @@ def _training(method: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
                 process.wait()
 
 
-def _last(run: Path) -> dict[str, float]:
-    """The last training line of a run."""
-    lines = [line for line in read_log(run / "log.jsonl") if line["kind"] == "train"]
-    return lines[-1] if lines else {}
-
-
-def _total_steps(run: Path) -> int | None:
-    starts = [line["total_steps"] for line in read_log(run / "log.jsonl") if line["kind"] in ("start", "resume")]
-    return starts[-1] if starts else None
+def _records(run: Path) -> tuple[Record, Record]:
+    """(the record that started the run, its last training line); empty ones before they are written. Reads no more than that."""
+    path = run / "log.jsonl"
+    if not path.exists():
+        return {}, {}
+    with path.open("rb") as file:
+        first = file.readline()
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().splitlines(keepends=True)
+    whole = [json.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"\n")]
+    start = json.loads(first) if first.endswith(b"\n") else {}
+    return start, next((line for line in reversed(whole) if line["kind"] == "train"), {})
 
 
 def _pretrain(folder: Path) -> bool:
@@ -77,10 +81,10 @@ def _pretrain(folder: Path) -> bool:
                 running[method] = stack.enter_context(_training(method, folder)), progress
             time.sleep(1)
             for method, (process, progress) in list(running.items()):
-                last = _last(folder / method)
+                start, last = _records(folder / method)
                 if last:
                     text = f"loss {last['loss']:.3f}  {last['images_per_s']:.0f} images/s"
-                    progress.update(int(last["step"]), _total_steps(folder / method), text)
+                    progress.update(last["step"], start["total_steps"], text)
                 if process.poll() is not None:
                     del running[method]
                     if process.returncode:
@@ -119,9 +123,11 @@ def _table(folder: Path) -> Table:
 
         for method in reversed(METHODS):
             scores = [top1(method, name, weights) for name in ("knn", "linear") for weights in ("untrained", "model")]
-            last, lines = _last(folder / method), read_log(folder / method / "log.jsonl")
-            rates = [line["images_per_s"] for line in lines if line["kind"] == "train"]
-            table.add_row(method, str(last["step"]), f"{last['loss']:.3f}", *scores, f"{sum(rates) / len(rates):.0f}")
+            lines = [line for line in read_log(folder / method / "log.jsonl") if line["kind"] == "train"]
+            rates = [line["images_per_s"] for line in lines]
+            table.add_row(
+                method, str(lines[-1]["step"]), f"{lines[-1]['loss']:.3f}", *scores, f"{sum(rates) / len(rates):.0f}"
+            )
         table.add_row("raw pixels", "", "", "", top1("mae", "knn", "pixels"), "", top1("mae", "linear", "pixels"), "")
     return table
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 from pipeline.config import UserError, flatten, load_config
 from pipeline.mlflow_run import (
     STATE,
+    Point,
     Remote,
     brief,
     load_state,
@@ -205,7 +207,9 @@ def _replay(run_dir: Path, state: Record, uri: str, records: Sequence[Record]) -
     remote = Remote(run_dir, state, uri)
     config = run_dir / "config.yaml"
     remote.describe(flatten(load_config([config]).model_dump(mode="json")) if config.exists() else {}, state["tags"])
-    points = {(point.key, point.step): point for record in records for point in points_of(record)}
+    points: dict[tuple[str, int], Point] = {}
+    for point in (point for record in records for point in points_of(record)):
+        points.setdefault((point.key, point.step), point)  # the first, as the sink sends
     there = {(key, step) for key in {key for key, _ in points} for step in remote.steps_of(key)}
     missing = [point for place, point in points.items() if place not in there]
     remote.send(missing)
@@ -228,7 +232,6 @@ def sync(run_dir: Path, uri: str | None = None) -> SyncReport:
         raise UserError(f"{run_dir} was never sent to MLflow: name a store with --uri, such as http://127.0.0.1:5000")
     prepare_mlflow()
     from mlflow import MlflowException
-    from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
@@ -236,6 +239,6 @@ def sync(run_dir: Path, uri: str | None = None) -> SyncReport:
             return _replay(run_dir, state, target, read_log(run_dir / LOG))
     except BlockingIOError:
         raise UserError(f"{run_dir}: another process sends this run to MLflow; try again when it has ended") from None
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise UserError(f"MLflow ({redact(target)}) cannot be reached or refuses: {brief(error)}; start it, or name "
                         "another store with --uri") from error  # fmt: skip

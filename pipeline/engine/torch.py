@@ -46,8 +46,7 @@ class TorchEngine:
         # Images arrive as integers and tokens take the weights' type where they are made: no input is cast.
         policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (1,))
-        for layer in self.method.layers():
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        # One process has nothing to gather layer by layer: one unit for the whole method has the least hooks.
         fully_shard(self.method, mesh=mesh, mp_policy=policy)
         # One wrapped entry for all of them: wrapping predict itself would also wrap the call that forward makes to it.
         self.method.read_only = lambda name, *args: getattr(self.method, name)(*args)

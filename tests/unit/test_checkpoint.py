@@ -217,6 +217,20 @@ def test_a_damaged_one_is_passed_over_loudly(
     assert len(warnings) == 1 and "step-00000002" in warnings[0] and broken.name in warnings[0]
 
 
+def test_damage_says_what_it_is(pair: Path) -> None:
+    path = pair / "step-00000002"
+    state = path / "state.json"
+    content = state.read_bytes()
+    alter(state)
+    assert damage(path) == "state.json was altered"
+    cut(state)
+    assert damage(path) == f"state.json has {len(content) // 2} bytes instead of {len(content)}"
+    remove(state)
+    assert damage(path) == "state.json is missing"
+    remove(path / "complete.json")
+    assert str(damage(path)).startswith("its complete.json cannot be read")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "{}", '{"files": {}}', '{"format": 1}', "\x00\xff{",
                                   '{"format": 1, "files": []}', '{"format": 1, "files": {"state.json": 3}}',
                                   '{"format": 1, "files": {"state.json": {"bytes": 1}}}', "[" * 10])  # fmt: skip

@@ -237,6 +237,7 @@ def test_property_38_four_micro_batches_are_one_batch(name: str, tiny: Any, imag
         for i in range(4):
             draw = parts.method.draw(KEYS[i : i + 1])
             losses.append(float(parts.micro_step(images[i : i + 1], draw, 4, i == 3)["loss"]))
+            assert bool(gradients(parts)) == (i == 3)  # reduced once, with the last
         assert sum(losses) / 4 == pytest.approx(loss, rel=1e-5) and len(set(losses)) == 4
         a, b = gradients(whole), gradients(parts)
         assert max(float((a[n] - b[n]).norm() / a[n].norm()) for n in a if not n.endswith("qkv.bias")) < 1e-4

@@ -54,7 +54,7 @@ def test_sync_fills_gaps_and_takes_the_first_of_two_evaluations_once(run_dir: Pa
     assert sync(run_dir).sent == 3
     assert sync(run_dir).sent == 0
     assert sorted(metric.step for metric in history(uri, "loss")) == [*range(1, 11), 12, 13, 20]
-    assert len(history(uri, "eval/knn_top1")) == 1
+    assert [metric.value for metric in history(uri, "eval/knn_top1")] == [1.0]
 
 
 def test_sync_to_another_store_makes_one_run_there(run_dir: Path, uri: str, empty_store: Path) -> None:
@@ -94,7 +94,9 @@ def test_killed_between_log_and_send(run_dir: Path, uri: str) -> None:
     assert_once(uri, ["loss"], range(1, 101))
 
 
-def test_mistakes_are_one_clear_line(run_dir: Path, closed_port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_clear_line(
+    run_dir: Path, closed_port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError, match="is not a run folder: it has no log.jsonl") as no_log:
         sync(run_dir)
@@ -105,8 +107,16 @@ def test_mistakes_are_one_clear_line(run_dir: Path, closed_port: str, monkeypatc
         sync(run_dir, closed_port.replace("//", "//user:hunter2@"))
     with pytest.raises(UserError, match="cannot be reached or refuses") as refused:
         sync(run_dir, "mlruns")
-    for error in (no_log, no_store, away, refused):
+    broken, folder = run_dir / "broken.db", run_dir / "file"
+    broken.write_text("not a database" * 100)
+    folder.write_text("")
+    with pytest.raises(UserError, match="cannot be reached or refuses.*file is not a database") as garbage:
+        sync(run_dir, f"sqlite:///{broken}")
+    with pytest.raises(UserError, match="cannot be reached or refuses") as nowhere:
+        sync(run_dir, f"sqlite:///{folder / 'mlflow.db'}")
+    for error in (no_log, no_store, away, refused, garbage, nowhere):
         assert "\n" not in str(error.value) and "hunter2" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
     assert closed_port in str(away.value)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -77,7 +78,7 @@ def test_constructing_imports_no_mlflow_and_waits_for_nothing(run_dir: Path, sil
         print("through")
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
-    assert result.stdout == "through\n", result.stderr
+    assert (result.returncode, result.stdout) == (0, "through\n"), result.stderr
     assert len((run_dir / LOG).read_bytes().splitlines()) == 20_000
     assert f"patchmill sync {run_dir}" in result.stderr and len(result.stderr.splitlines()) == 1
 
@@ -229,19 +230,20 @@ def test_resolve_uri(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_uri("none", run_dir) is None
 
 
-def test_a_store_whose_making_was_cut_off_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_whose_making_was_cut_off_does_not_stay(
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, dies = tmp_path / "new" / "mlflow.db", True
 
     class Client:
         def __init__(self, uri: str) -> None:
             self.path = Path(uri.removeprefix("sqlite:///"))
-            assert not self.path.exists()
             self.path.write_text("half")
 
         def search_experiments(self, max_results: int) -> None:
             if dies:
                 raise KeyboardInterrupt
-            self.path.write_text("whole")
+            shutil.copy(empty_store, self.path)
 
     monkeypatch.setattr(mlflow, "MlflowClient", Client)
     with pytest.raises(KeyboardInterrupt):
@@ -249,7 +251,8 @@ def test_a_store_whose_making_was_cut_off_does_not_stay(tmp_path: Path, monkeypa
     assert not path.exists()
     dies = False
     mlflow_run._make_sqlite(path)
-    assert path.read_text() == "whole"
+    assert path.read_bytes() == empty_store.read_bytes()
+    assert not list(path.parent.glob(".*.partial*"))
     mlflow_run._make_sqlite(path)  # leaves one that is there alone
 
 

@@ -253,25 +253,84 @@ def test_an_interrupted_writer_goes_on_where_it_was(begun, plain, tmp_path):
     assert not (begun / "x.beton").exists() and not form.beside(begun / "x.beton", form.SEAL).exists()
 
 
-@settings(max_examples=20, deadline=None)
-@given(which=st.integers(0, 1), place=st.floats(0, 1), kind=st.sampled_from(["cut", "flip", "more"]))
-def test_damaged_remains_are_found_and_made_again(begun, plain, tmp_path_factory, which, place, kind):
-    def damage(partial, log):
-        path = (partial, log)[which]
-        data = bytearray(path.read_bytes())
-        # Before it: what is written last, whatever stood there; the line that says what is being written.
-        start = (form.head_size(150), data.find(b"\n") + 1)[which]
-        position = start + int(place * (len(data) - 1 - start))
-        if kind == "cut":
-            del data[position:]
-        elif kind == "flip":
-            data[position] ^= 0x10
-        else:
-            data += bytes(range(256)) * 8
-        path.write_bytes(data)
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
 
-    resumed = carry_on(begun, plain, tmp_path_factory.mktemp("damaged"), damage)
-    assert resumed == 128 if kind == "more" else resumed < 128
+
+def append(path, count):
+    with open(path, "ab") as file:
+        file.write(bytes(range(1, 256)) * (count // 255))
+
+
+def first_record(log):
+    return log.read_bytes().find(b"\n") + 1
+
+
+RECORD_BYTES = sorted(
+    {offset for _, offset in journal.RECORD.fields.values()} | {28, 29, 32, 40}
+)  # the row's parts too
+
+
+@pytest.mark.parametrize("offset", RECORD_BYTES)
+def test_a_damaged_record_is_found_and_made_again(begun, plain, tmp_path, offset):
+    size = journal.RECORD.itemsize
+    assert (
+        carry_on(begun, plain, tmp_path, lambda partial, log: flip(log, first_record(log) + 70 * size + offset)) == 70
+    )
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_a_damaged_sample_is_found_and_made_again(begun, plain, tmp_path, place):
+    entry = check_seal(begun / "whole.beton").table[70]
+    position = int(entry["ptr"]) + int(place * (int(entry["size"]) - 1))
+    assert carry_on(begun, plain, tmp_path, lambda partial, log: flip(partial, position)) == 70
+
+
+@pytest.mark.parametrize("position", [form.head_size(150), form.MIN_PAGE - 1])
+def test_damaged_padding_is_found_and_made_again(begun, plain, tmp_path, position):
+    assert carry_on(begun, plain, tmp_path, lambda partial, log: flip(partial, position)) == 0
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 51])
+def test_what_was_cut_off_is_made_again(begun, plain, tmp_path, extra):
+    size, left = journal.RECORD.itemsize, 70 if extra >= 0 else 69
+    start = int(check_seal(begun / "whole.beton").table["ptr"][70])
+
+    def cut_journal(partial, log):
+        os.truncate(log, first_record(log) + 70 * size + extra)
+
+    assert carry_on(begun, plain, tmp_path, cut_journal) == left
+    for suffix in ("", form.CRC, form.SEAL):
+        form.beside(tmp_path / "x.beton", suffix).unlink()
+    assert carry_on(begun, plain, tmp_path, lambda partial, log: os.truncate(partial, start + extra)) == left
+    for suffix in ("", form.CRC, form.SEAL):
+        form.beside(tmp_path / "x.beton", suffix).unlink()
+    assert carry_on(begun, plain, tmp_path, lambda partial, log: os.truncate(partial, 0)) == 0
+
+
+def test_what_was_added_is_cut_off(begun, plain, tmp_path, monkeypatch):
+    def add(partial, log):
+        append(partial, 1_000_000)
+        append(log, 1000)
+        monkeypatch.setattr(journal, "SYNC_SAMPLES", 8)
+        with pytest.raises(StopError):
+            write(plain, tmp_path / "x.beton", workers=0, progress=stop_after(147))
+
+    assert carry_on(begun, plain, tmp_path, add) == 144
+
+
+def test_a_missing_record_is_noticed_even_between_equal_images(tmp_path):
+    for i in range(80):
+        put(tmp_path / "images" / "a" / f"{i}.jpg", encoded(pixels(1), "JPEG"))
+    scan(tmp_path / "images", tmp_path / "m.jsonl", workers=0)
+    with pytest.raises(StopError):
+        write(tmp_path / "m.jsonl", tmp_path / "x.beton", workers=0, progress=stop_after(70))
+    log, size = form.beside(tmp_path / "x.beton", form.JOURNAL), journal.RECORD.itemsize
+    data, gone = log.read_bytes(), first_record(log) + 20 * size
+    log.write_bytes(data[:gone] + data[gone + size :])
+    assert write(tmp_path / "m.jsonl", tmp_path / "x.beton", workers=0).num_resumed == 20
 
 
 def test_a_journal_without_its_first_line_is_refused(begun, plain, tmp_path):
