@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_prep.beton import CRC, SEAL, beside
+
 
 def pixels(seed: int, width: int = 48, height: int = 32) -> np.ndarray:
     """A smooth picture with a little noise, uint8 [height, width, 3]; no two seeds and no two corners are alike."""
@@ -64,3 +66,20 @@ def plain_set(root: Path, count: int, width: int = 48, height: int = 32, classes
         image = pixels(100 + i, width, height)
         put(root / f"class{i % classes}" / f"{i:04}.jpg", encoded(image[..., 0] if i == count - 1 else image, "JPEG"))
     return root
+
+
+def contents(beton: Path) -> list[bytes]:
+    """A beton and what stands beside it."""
+    return [beside(beton, suffix).read_bytes() for suffix in ("", CRC, SEAL)]
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_after(count):
+    def progress(done, total):
+        if done >= count:
+            raise StopError
+
+    return progress
