@@ -89,7 +89,8 @@ def _write(temporary: Path, step: int, tensors: dict[str, Tensor], state: dict[s
     for path in sorted(temporary.iterdir()):
         _sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    _write_json(temporary / SEAL, {"format": FORMAT, "step": step, "files": files})
+    config = hashlib.sha256(json.dumps(state.get("config"), sort_keys=True).encode()).hexdigest()
+    _write_json(temporary / SEAL, {"format": FORMAT, "step": step, "config_sha256": config, "files": files})
     _sync(temporary / SEAL)
     _sync(temporary)
 

@@ -17,7 +17,7 @@ class NonFinite(RuntimeError):  # noqa: N818  it says what happened
 class StopRequest:
     """``requested`` becomes the name of SIGTERM, SIGINT or SIGUSR2 once one arrives; a context manager.
 
-    The step in progress is finished and saved. A second SIGINT interrupts at once.
+    The step in progress is finished and saved. A SIGINT after that interrupts at once.
     """
 
     def __init__(self) -> None:
