@@ -120,7 +120,7 @@ def _again(beton: Path) -> str:
 
 
 def _broken(beton: Path, why: str) -> UserError:
-    return UserError(f"{beton}: {why}; see what is wrong with: patchmill prep verify {beton}, or {_again(beton)}")
+    return UserError(f"{beton}: {why}; {_again(beton)}")
 
 
 def load_seal(beton: Path) -> dict[str, Any]:

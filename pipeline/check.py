@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from pipeline.config import Config, ConfigError, UserError
+from pipeline.config import Config, ConfigError, UserError, binding_differences, load_config
 from pipeline.estimate import flops_per_image
 from pipeline.order import steps_per_epoch
 
@@ -46,6 +46,10 @@ def check(cfg: Config) -> str:
     parent = next(folder for folder in [Path(cfg.run.dir), *Path(cfg.run.dir).parents] if folder.exists())
     if not os.access(parent, os.W_OK):
         problems.append(f"run.dir = {cfg.run.dir}: {parent} cannot be written")
+    former = Path(cfg.run.dir) / "config.yaml"
+    if (Path(cfg.run.dir) / "log.jsonl").is_file() and former.is_file():
+        differences = binding_differences(load_config([former]), cfg)
+        problems += [f"run.dir = {cfg.run.dir}: holds a run of another configuration: {line}" for line in differences]
     if problems:
         raise ConfigError(problems)
     lines.append(f"optim: lr {cfg.lr:.3g} = base_lr {cfg.optim.base_lr:.3g} x {cfg.train.global_batch} / 256")

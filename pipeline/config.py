@@ -212,8 +212,9 @@ def _check(cfg: Config) -> Iterable[str]:
     if optim.warmup_epochs is not None and optim.warmup_steps is not None:
         yield "optim.warmup_epochs, optim.warmup_steps: set at most one of the two"
     if train.global_batch % cfg.micro_batch:
-        yield (f"train.global_batch = {train.global_batch}: should be a multiple of train.micro_batch ({cfg.micro_batch}); "
-               f"nearest: {max(1, math.floor(train.global_batch / cfg.micro_batch)) * cfg.micro_batch}")  # fmt: skip
+        yield (f"train.global_batch = {train.global_batch}: should be a multiple of train.micro_batch ({cfg.micro_batch}): "
+               f"lower train.micro_batch to {math.gcd(train.global_batch, cfg.micro_batch)}, or take a global batch of "
+               f"{math.ceil(train.global_batch / cfg.micro_batch) * cfg.micro_batch}")  # fmt: skip
     if optim.ema is not None and not isinstance(cfg.method, PCAEConfig):
         yield f"optim.ema = {optim.ema}: only method.name=pcae has a teacher; leave it unset"
 

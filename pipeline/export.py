@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from pipeline.config import UserError
 from pipeline.runs import restore
 from pipeline.vit import encoder_kwargs
 
@@ -27,16 +29,20 @@ class ExportReport:
 
 
 def export(run_dir: Path, out: Path, weights: str = "model") -> ExportReport:
-    """Write the encoder of a run's newest checkpoint. Raises UserError as ``pipeline.runs.restore``."""
+    """Write the encoder of a run's newest checkpoint. Raises UserError as ``pipeline.runs.restore``, or for ``out``."""
     restored = restore(Path(run_dir).resolve(), weights)
     cfg, encoder = restored.cfg, restored.method.encoder
     kwargs = encoder_kwargs(cfg.shape, cfg.data.image_size, class_token=encoder.has_class_token)
-    out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "method": cfg.method.name,
         "step": str(restored.step),
         "weights": weights,
         "timm_model": cfg.shape.timm_name,
     }
-    save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, out, metadata=metadata)
+    tensors = {name: value.contiguous() for name, value in encoder.state_dict().items()}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written: {error}") from None
     return ExportReport(out, cfg.shape.timm_name, kwargs)

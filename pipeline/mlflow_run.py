@@ -8,6 +8,7 @@ import os
 import re
 import sqlite3
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -61,6 +62,7 @@ def prepare_mlflow() -> None:
              "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}  # fmt: skip
     for name, value in quick.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", "SOCKS support in urllib3")  # where a proxy is set that MLflow does not need
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors reach us as exceptions, without a page of traceback
 

@@ -101,8 +101,9 @@ class MlflowSink:
         self._closing.set()
         self._thread.join(deadline_s)
         if not self._complete:
-            log.warning("MLflow has this run up to step %d of %d; the log has the rest: patchmill sync %s sends it",
-                        self._state["sent_step"], self._last_step, self._dir)  # fmt: skip
+            sent = self._state["sent_step"]
+            has = f"this run up to step {sent} of {self._last_step}" if sent >= 0 else "nothing of this run"
+            log.warning("MLflow has %s; the log has the rest: patchmill sync %s sends it", has, self._dir)
 
     def _say_once(self, text: str, error: BaseException) -> None:
         if text not in self._said:
@@ -227,7 +228,9 @@ def sync(run_dir: Path, uri: str | None = None) -> SyncReport:
     if not (run_dir / LOG).exists():
         raise UserError(f"{run_dir} is not a run folder: it has no {LOG}; give the run.dir of `patchmill train`")
     state = load_state(run_dir)
-    target = resolve_uri(uri or state["uri"] or "none", run_dir)
+    config = run_dir / "config.yaml"
+    setting = load_config([config]).tracking.uri if config.exists() else "none"
+    target = resolve_uri(uri or state["uri"] or setting, run_dir)
     if target is None:
         raise UserError(f"{run_dir} was never sent to MLflow: name a store with --uri, such as http://127.0.0.1:5000")
     prepare_mlflow()

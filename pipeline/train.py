@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,7 +178,7 @@ class Trainer:
         report = self.engine.step(lr, cfg.optim.clip, momentum_at(self.step, plan.total_steps, ema, cfg.optim.ema_end))
         return lr, {**scalars, "grad_norm": report.grad_norm, "skipped": report.skipped}
 
-    def run(self) -> int:
+    def run(self, stop: StopRequest) -> int:
         """Train to the end or to a signal; returns the exit code."""
         cfg, plan = self.cfg, self.plan
         kind = "resume" if self.step else "start"
@@ -192,7 +193,7 @@ class Trainer:
         self.batches = self.loader.batches(steps)
         status = "FAILED"
         try:
-            with StopRequest() as stop, Progress(f"train {cfg.method.name}", plan.total_steps, "step") as progress:
+            with Progress(f"train {cfg.method.name}", plan.total_steps, "step") as progress:
                 saved = self._loop(stop, progress)
             code = self._finish(stop.requested, saved)
             status = {DONE: "FINISHED", STOPPED: "KILLED"}.get(code, "FAILED")
@@ -248,8 +249,9 @@ class Trainer:
         return DONE if done else STOPPED
 
     def _figure(self, num_images: int = 6) -> None:
-        """What the method does with the first images, as a picture in the run folder and in MLflow."""
-        ids = torch.arange(min(num_images, self.loader.num_samples)).numpy()
+        """What the method does with some images, as a picture in the run folder and in MLflow."""
+        # Files lie class by class: an even spread over the set shows several classes.
+        ids = np.linspace(0, self.loader.num_samples - 1, min(num_images, self.loader.num_samples)).astype(np.int64)
         with self.loader.batches(iter([(0, ids)])) as batches:
             batch = next(iter(batches))
         path = self.folder / "figures" / f"{self.cfg.method.name}_step{self.step:08d}.png"
@@ -260,6 +262,6 @@ class Trainer:
 
 def train(cfg: Config) -> int:
     """Train a configuration to its end; returns the process's exit code (0 done, 75 stopped on a signal, 1 not saved)."""
-    with open_run(cfg) as folder:
+    with StopRequest() as stop, open_run(cfg) as folder:
         setup_logging(folder)
-        return Trainer(cfg, folder).run()
+        return Trainer(cfg, folder).run(stop)
