@@ -169,15 +169,7 @@ def _check_method(cfg: Config) -> Iterable[str]:
     if method.decoder_width % 4:
         yield f"method.decoder_width = {method.decoder_width}: should be a multiple of 4 for the 2-D positions"
     if isinstance(method, RandSACConfig):
-        size, part = method.segment_size, method.partition_size
-        if grid % size:
-            sides = [n for n in range(1, grid) if grid % n == 0]
-            yield (f"method.segment_size = {size}: should divide the grid of {grid} patches "
-                   f"({cfg.data.image_size} px / {shape.patch_size}): one of {sides}")  # fmt: skip
-        elif grid == size:
-            yield f"method.segment_size = {size}: makes one segment of the whole image (K = 1): nothing is left to predict"
-        elif (grid // size) % part:
-            yield f"method.partition_size = {part}: should divide the {grid // size} segments along a side"
+        yield from _check_segments(cfg, method)
         return
     visible = num_visible(grid**2, method.mask_ratio)
     if not 0 < visible < grid**2:
@@ -188,8 +180,39 @@ def _check_method(cfg: Config) -> Iterable[str]:
         elif not teacher_schedule(grid**2 - visible, shape.depth, method.stages, method.keep_ratio)[1]:
             yield (f"method.keep_ratio = {method.keep_ratio}: keeps none of {grid**2 - visible} masked patches "
                    f"after {method.stages} stages; raise it or lower method.stages")  # fmt: skip
-        if cfg.optim.ema is None:
-            yield "optim.ema: is required and not set: PCAE's teacher is an average of the encoder, such as 0.9999"
+        yield from _check_average(cfg)
+
+
+def _check_segments(cfg: Config, method: RandSACConfig) -> Iterable[str]:
+    grid, size, part = cfg.grid, method.segment_size, method.partition_size
+    if method.segments == "blob":
+        if method.order == "raster":
+            yield "method.order = raster: blobs have no raster order; use random or hierarchical, or method.segments=square"
+        if method.num_segments > grid**2:
+            yield f"method.num_segments = {method.num_segments}: should be at most {grid**2}, the patches of an image"
+        if not 0 < method.blob_std[0] <= method.blob_std[1]:
+            yield f"method.blob_std = {list(method.blob_std)}: should be two shares of the grid, 0 < low <= high"
+        return
+    if method.share_segments:
+        yield "method.share_segments = True: is for method.segments=blob; squares are the same in all images"
+    if grid % size:
+        sides = [n for n in range(1, grid) if grid % n == 0]
+        yield (f"method.segment_size = {size}: should divide the grid of {grid} patches "
+               f"({cfg.data.image_size} px / {cfg.shape.patch_size}): one of {sides}")  # fmt: skip
+    elif grid == size:
+        yield f"method.segment_size = {size}: makes one segment of the whole image (K = 1): nothing is left to predict"
+    elif method.order == "hierarchical" and (grid // size) % part:
+        yield (f"method.partition_size = {part}: should divide the {grid // size} segments along a side "
+               "(or set method.order=random)")  # fmt: skip
+
+
+def _check_average(cfg: Config) -> Iterable[str]:
+    optim = cfg.optim
+    if optim.ema is None:
+        yield "optim.ema: is required and not set: PCAE's teacher is an average of the encoder, such as 0.9999"
+    elif not all(0 <= value <= 1 for value in cfg.momentum):
+        yield (f"optim.ema_batch = {optim.ema_batch}: makes the momentum {cfg.momentum[0]:.4g} at a batch of "
+               f"{cfg.train.global_batch}; raise it or optim.ema")  # fmt: skip
 
 
 def _check(cfg: Config) -> Iterable[str]:
@@ -215,8 +238,9 @@ def _check(cfg: Config) -> Iterable[str]:
         yield (f"train.global_batch = {train.global_batch}: should be a multiple of train.micro_batch ({cfg.micro_batch}): "
                f"lower train.micro_batch to {math.gcd(train.global_batch, cfg.micro_batch)}, or take a global batch of "
                f"{math.ceil(train.global_batch / cfg.micro_batch) * cfg.micro_batch}")  # fmt: skip
-    if optim.ema is not None and not isinstance(cfg.method, PCAEConfig):
-        yield f"optim.ema = {optim.ema}: only method.name=pcae has a teacher; leave it unset"
+    for key, value in (("ema", optim.ema), ("ema_batch", optim.ema_batch)):
+        if value is not None and not isinstance(cfg.method, PCAEConfig):
+            yield f"optim.{key} = {value}: only method.name=pcae has a teacher; leave it unset"
 
 
 def _resolve_paths(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,19 +49,39 @@ def num_visible(num_tokens: int, mask_ratio: float) -> int:
     return floor(num_tokens * (1 - Fraction(repr(mask_ratio))))
 
 
-def drop_blocks(depth: int, stages: int) -> tuple[int, ...]:
-    """Block indices after which the PCAE teacher drops tokens: (depth // stages) x i, the public code's default.
+def segment_quota(size: int, keep: float) -> int:
+    """Tokens that stay of a segment of ``size``: floor(size x keep), at least one."""
+    return max(1, keep_count(size, keep))
 
-    Raises ValueError when there are more stages than blocks.
+
+def padded_tokens(num_tokens: int, num_segments: int, keep: float) -> int:
+    """The most tokens that can stay of an image whose segments have any sizes: each may round up to one."""
+    return min(num_tokens, keep_count(num_tokens, keep) + num_segments) if keep < 1 else num_tokens
+
+
+def drop_blocks(depth: int, stages: int, case: int = 0) -> tuple[int, ...]:
+    """Block indices after which the PCAE teacher drops tokens, with per = depth // stages (the public code's drop_case).
+
+    Case 0: per x i, the default; 1: per x (i + 1) - 1; 2: evenly from the first to the last block, rounded down; 3: the
+    first blocks. Raises ValueError when there are more stages than blocks.
     """
     if not 1 <= stages <= depth:
         raise ValueError(f"{stages} drop stages do not fit {depth} blocks")
-    return tuple(depth // stages * i for i in range(stages))
+    per, last = depth // stages, depth - 1
+    rules = (
+        lambda i: per * i,
+        lambda i: per * (i + 1) - 1,
+        lambda i: last * i // max(1, stages - 1),
+        lambda i: i,
+    )
+    return tuple(rules[case](i) for i in range(stages))
 
 
-def teacher_schedule(num_masked: int, depth: int, stages: int, keep_ratio: float) -> tuple[list[int], int]:
+def teacher_schedule(
+    num_masked: int, depth: int, stages: int, keep_ratio: float, case: int = 0
+) -> tuple[list[int], int]:
     """(tokens that enter each block of the PCAE teacher, tokens that survive all stages)."""
-    drops = drop_blocks(depth, stages)
+    drops = drop_blocks(depth, stages, case)
     entering, tokens = [], num_masked
     for block in range(depth):
         entering.append(tokens)
@@ -85,21 +105,23 @@ def linear_flops(tokens: int, width_in: int, width_out: int) -> float:
     return 2 * tokens * width_in * width_out
 
 
-def cross_block_flops(queries: int, memory: int, width: int, memory_width: int, mixed_layers: int) -> float:
-    """RandSAC's decoder block: self-attention, cross-attention to a mix of ``mixed_layers`` encoder layers, MLP."""
-    self_attention = 4 * queries * width**2 + 2 * queries**2 * width
-    cross_attention = 2 * queries * width**2 + 2 * memory * memory_width * width + 2 * queries * memory * width
-    mix = mixed_layers * memory * memory_width
-    return 2 * (self_attention + cross_attention + mix + 8 * queries * width**2)
+def cross_block_flops(queries: int, memory: int, width: int, memory_width: int, *, self_attention: bool) -> float:
+    """RandSAC's decoder block: self-attention unless left out, cross-attention to ``memory`` rows, MLP."""
+    among = 4 * queries * width**2 + 2 * queries**2 * width if self_attention else 0
+    cross = 2 * queries * width**2 + 2 * memory * memory_width * width + 2 * queries * memory * width
+    return 2 * (among + cross + 8 * queries * width**2)
 
 
-def randsac_flops(shape: ModelShape, tokens: int, segment_tokens: int, decoder_depth: int, decoder_width: int) -> Flops:
-    """RandSAC with equal segments: the last one is not encoded, the first not predicted."""
-    used = tokens - segment_tokens
-    embed = embed_flops(used, shape.width, shape.patch_size)
-    encoder = shape.depth * block_flops(used, shape.width)
-    decoder = decoder_depth * cross_block_flops(used, used, decoder_width, shape.width, shape.depth)
-    head = linear_flops(used, decoder_width, 3 * shape.patch_size**2)
+def randsac_flops(
+    shape: ModelShape, encoded: int, queries: int, decoder_depth: int, decoder_width: int, *,
+    self_attention: bool, mixed_layers: int, null_token: bool,
+) -> Flops:  # fmt: skip
+    """RandSAC: ``encoded`` tokens, ``queries`` predictions; each decoder block mixes ``mixed_layers`` encoder layers (0: none)."""
+    embed = embed_flops(encoded, shape.width, shape.patch_size)
+    encoder = shape.depth * block_flops(encoded, shape.width)
+    block = cross_block_flops(queries, encoded + null_token, decoder_width, shape.width, self_attention=self_attention)
+    decoder = decoder_depth * (block + 2 * mixed_layers * encoded * shape.width)
+    head = linear_flops(queries, decoder_width, 3 * shape.patch_size**2)
     forward = embed + encoder + decoder + head
     return Flops(forward, 3 * forward - embed)
 
@@ -124,10 +146,11 @@ def pcae_flops(
     keep_ratio: float,
     decoder_depth: int,
     decoder_width: int,
+    drop_case: int = 0,
 ) -> Flops:
     """PCAE: student on visible tokens, compressing teacher without backward, short decoder."""
     visible = num_visible(tokens, mask_ratio)
-    entering, kept = teacher_schedule(tokens - visible, shape.depth, stages, keep_ratio)
+    entering, kept = teacher_schedule(tokens - visible, shape.depth, stages, keep_ratio, drop_case)
     embed = embed_flops(visible, shape.width, shape.patch_size)
     encoder = shape.depth * block_flops(visible + 1, shape.width)
     bridge = linear_flops(visible + 1, shape.width, decoder_width)

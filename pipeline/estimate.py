@@ -1,8 +1,19 @@
 """What a configuration costs, before anything runs. No torch."""
 
 from pipeline.config import Config
-from pipeline.costs import Flops, mae_flops, pcae_flops, randsac_flops
+from pipeline.costs import Flops, mae_flops, padded_tokens, pcae_flops, randsac_flops, segment_quota
 from pipeline.settings import PCAEConfig, RandSACConfig
+
+
+def _randsac_tokens(method: RandSACConfig, grid: int) -> tuple[int, int]:
+    """(tokens in the encoder, queries of the decoder) as they are computed, padding included."""
+    squares = (grid // method.segment_size) ** 2
+    if method.ragged:
+        segments = method.num_segments if method.segments == "blob" else squares
+        padded = padded_tokens(grid**2, segments, method.token_keep)
+        return padded, padded
+    kept = segment_quota(method.segment_size**2, method.token_keep)
+    return (squares - 1) * kept, (squares if method.predict_first else squares - 1) * kept
 
 
 def flops_per_image(cfg: Config) -> Flops:
@@ -10,7 +21,11 @@ def flops_per_image(cfg: Config) -> Flops:
     method, tokens = cfg.method, cfg.grid**2
     decoder = method.decoder_depth, method.decoder_width
     if isinstance(method, RandSACConfig):
-        return randsac_flops(cfg.shape, tokens, method.segment_size**2, *decoder)
+        return randsac_flops(cfg.shape, *_randsac_tokens(method, cfg.grid), *decoder, null_token=method.predict_first,
+                             self_attention=method.decoder_self_attention,
+                             mixed_layers=0 if method.skip == "none" else cfg.shape.depth)  # fmt: skip
     if isinstance(method, PCAEConfig):
-        return pcae_flops(cfg.shape, tokens, method.mask_ratio, method.stages, method.keep_ratio, *decoder)
+        return pcae_flops(
+            cfg.shape, tokens, method.mask_ratio, method.stages, method.keep_ratio, *decoder, method.drop_case
+        )
     return mae_flops(cfg.shape, tokens, method.mask_ratio, *decoder)

@@ -19,7 +19,10 @@ MIX_1: Final = 0xBF58476D1CE4E5B9
 MIX_2: Final = 0x94D049BB133111EB
 
 # The tags are part of the contract: changing a number changes every run.
-TAGS: Final[dict[str, int]] = {"crop": 1, "flip": 2, "mask": 3, "segment": 4, "order": 5, "drop_path": 6, "init": 7}
+TAGS: Final[dict[str, int]] = {
+    "crop": 1, "flip": 2, "mask": 3, "segment": 4, "order": 5, "drop_path": 6, "init": 7, "blob": 8, "partition": 9,
+    "shuffle": 10, "prefix": 11, "token_drop": 12, "selection": 13,
+}  # fmt: skip
 
 _U64 = np.uint64
 

@@ -15,6 +15,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Interval = Annotated[tuple[float, float], Strict(False)]
 
@@ -40,33 +41,71 @@ class RunConfig(Section):
 
 
 class RandSACConfig(Section):
-    """RandSAC: square segments of ``segment_size`` tokens a side, grouped in partitions of ``partition_size`` segments a side."""
+    """RandSAC. ``segments``: squares of ``segment_size`` tokens a side, or ``num_segments`` blobs, the cells of random Gaussians.
+
+    ``blob_std`` is the range of the Gaussians' deviation as a share of the grid; ``share_segments`` gives all images of
+    a batch the same blobs and order; ``shuffled`` deals the tokens of an image to its segments at random (a control).
+    ``order`` of the segments: raster, random, or hierarchical: one partition after another, of ``partition_size``
+    squares a side or of ``num_partitions`` groups of blobs. ``prefix`` makes a random number of first segments one.
+    ``predict_first``: the first segment is predicted too, from a null token. ``token_keep``: the share of each segment's
+    tokens that is kept; the others are neither encoded nor predicted. ``skip``: first value of the decoder's weights over
+    encoder layers, or none for the last layer only. ``query_token`` adds a learned token to the queries' positions.
+    """
 
     name: Literal["randsac"]
+    segments: Literal["square", "blob"] = "square"
     segment_size: Positive = 3
+    num_segments: Annotated[int, Field(ge=2)] = 11
+    blob_std: Interval = (0.15, 0.25)
+    share_segments: bool = False
+    shuffled: bool = False
+    order: Literal["raster", "random", "hierarchical"] = "hierarchical"
     partition_size: Positive = 2
+    num_partitions: Positive = 5
+    prefix: bool = False
+    predict_first: bool = False
+    token_keep: Ratio = 1.0
+    skip: Literal["last", "uniform", "normal", "none"] = "last"
+    query_token: bool = True
+    normalise_target: bool = True
+    decoder_self_attention: bool = True
     decoder_depth: Positive = 8
     decoder_width: Positive = 512
     decoder_heads: Positive = 16
 
+    @property
+    def ragged(self) -> bool:
+        """Whether segment sizes differ between images."""
+        return self.segments == "blob" or self.prefix
+
 
 class PCAEConfig(Section):
-    """PCAE: the teacher sees the masked tokens and keeps ``keep_ratio`` of them at each of ``stages`` drops."""
+    """PCAE: the teacher sees the masked tokens and keeps ``keep_ratio`` of them at each of ``stages`` drops.
+
+    ``drop_case`` places the drops in a depth of L blocks, per = L // stages: 0 after blocks per x i, 1 after per x (i + 1) - 1,
+    2 evenly from the first to the last block, 3 after the first ones. ``criterion``: a token's likeness to the mean of
+    unit or of raw tokens. ``selection``: which tokens are kept (the two others are controls).
+    """
 
     name: Literal["pcae"]
     mask_ratio: OpenFraction = 0.75
     stages: Positive = 3
-    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    keep_ratio: Ratio = 0.5
+    drop_case: Annotated[int, Field(ge=0, le=3)] = 0
+    criterion: Literal["unit_mean", "raw_mean"] = "unit_mean"
+    selection: Literal["least_similar", "most_similar", "random"] = "least_similar"
+    normalise_target: bool = True
     decoder_depth: Positive = 8
     decoder_width: Positive = 512
     decoder_heads: Positive = 16
 
 
 class MAEConfig(Section):
-    """MAE with pixels normalised by patch."""
+    """MAE; ``normalise_target``: each patch's pixels with mean 0 and variance 1 (norm_pix_loss)."""
 
     name: Literal["mae"]
     mask_ratio: OpenFraction = 0.75
+    normalise_target: bool = True
     decoder_depth: Positive = 8
     decoder_width: Positive = 512
     decoder_heads: Positive = 16
@@ -112,7 +151,11 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW: lr = base_lr x global_batch / 256, linear warm-up, half-cosine to 0; ``ema`` is the teacher's first momentum."""
+    """AdamW: lr = base_lr x global_batch / 256, linear warm-up, half-cosine to 0.
+
+    The teacher's momentum goes from ``ema`` to ``ema_end``. With ``ema_batch``, the batch they are meant for, 1 - momentum is
+    scaled by global_batch / ema_batch: the average then spans the same number of images at any batch.
+    """
 
     base_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.5e-4
     betas: Interval = (0.9, 0.95)
@@ -122,6 +165,7 @@ class OptimConfig(Section):
     clip: Annotated[float, Field(gt=0)] | None = None
     ema: Fraction01 | None = None
     ema_end: Fraction01 = 1.0
+    ema_batch: Positive | None = None
 
 
 class EngineConfig(Section):
@@ -152,12 +196,20 @@ class TrackingConfig(Section):
 
 
 class EvalConfig(Section):
-    """The probes: cosine kNN with weights exp(similarity / temperature), softmax regression with an L2 penalty."""
+    """The probes: cosine kNN with weights exp(similarity / temperature), linear heads, softmax regression with an L2 penalty.
+
+    A linear head is trained for ``linear_epochs`` of batches of ``linear_batch`` at each rate of ``linear_lrs``.
+    """
 
     batch_size: Positive = 256
     knn_k: Positive = 20
     knn_temperature: Annotated[float, Field(gt=0)] = 0.07
     linear_l2: Rate = 1e-3
+    linear_epochs: Positive = 50
+    linear_batch: Positive = 256
+    linear_lrs: Annotated[
+        tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Strict(False), Field(min_length=1)
+    ] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class GuardConfig(Section):
@@ -198,6 +250,15 @@ class Config(Section):
     def lr(self) -> float:
         """The peak learning rate, base_lr x global_batch / 256."""
         return self.optim.base_lr * self.train.global_batch / 256
+
+    @property
+    def momentum(self) -> tuple[float, float]:
+        """The teacher's first and last momentum at this batch; 1, an average that stays, without a teacher."""
+        first, last = 1.0 if self.optim.ema is None else self.optim.ema, self.optim.ema_end
+        if self.optim.ema_batch is None:
+            return first, last
+        scale = self.train.global_batch / self.optim.ema_batch
+        return 1 - (1 - first) * scale, 1 - (1 - last) * scale
 
     @property
     def micro_batch(self) -> int:

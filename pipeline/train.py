@@ -170,12 +170,11 @@ class Trainer:
         scalars: dict[str, Tensor] = {}
         for index in range(num_micro):
             part = slice(index * cfg.micro_batch, (index + 1) * cfg.micro_batch)
-            draw = self.engine.method.draw(batch.keys[part])
+            draw = self.engine.method.draw(batch.keys[part], batch.keys[:1])
             logs = self.engine.micro_step(batch.images[part], draw, num_micro, index == num_micro - 1)
             scalars = {name: scalars.get(name, 0) + value / num_micro for name, value in logs.items()}
         lr = lr_at(self.step, plan.total_steps, plan.warmup_steps, cfg.lr)
-        ema = cfg.optim.ema if cfg.optim.ema is not None else 1.0
-        report = self.engine.step(lr, cfg.optim.clip, momentum_at(self.step, plan.total_steps, ema, cfg.optim.ema_end))
+        report = self.engine.step(lr, cfg.optim.clip, momentum_at(self.step, plan.total_steps, *cfg.momentum))
         return lr, {**scalars, "grad_norm": report.grad_norm, "skipped": report.skipped}
 
     def run(self, stop: StopRequest) -> int:

@@ -194,26 +194,30 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """``mask`` bool [q, s]: True may attend."""
+        """``mask`` bool [q, s] or [B, 1, q, s]: True may attend."""
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(memory).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm decoder block: masked self-attention, masked cross-attention, MLP."""
+    """Pre-norm decoder block: masked self-attention (unless it is left out), masked cross-attention, MLP."""
 
-    def __init__(self, width: int, memory_width: int, heads: int) -> None:
-        """``memory_width`` is the encoder's width; the memory is normalised here, once a block, as CrossMAE does."""
+    def __init__(
+        self, width: int, memory_width: int, heads: int, *, self_attention: bool = True, norm_memory: bool = True
+    ) -> None:
+        """``memory_width`` is the encoder's width; ``norm_memory``: once a block, as CrossMAE does."""
         super().__init__()
-        self.norm1, self.attn = LayerNorm(width), Attention(width, heads, qkv_bias=True)
-        self.norm2, self.norm_memory = LayerNorm(width), LayerNorm(memory_width)
+        self.norm1 = LayerNorm(width) if self_attention else None
+        self.attn = Attention(width, heads, qkv_bias=True) if self_attention else None
+        self.norm2, self.norm_memory = LayerNorm(width), LayerNorm(memory_width) if norm_memory else nn.Identity()
         self.cross = CrossAttention(width, memory_width, heads)
         self.norm3, self.mlp = LayerNorm(width), Mlp(width, 4 * width)
 
     def forward(self, x: Tensor, memory: Tensor, self_mask: Tensor, memory_mask: Tensor) -> Tensor:
-        """Queries [B, q, D] and memory [B, s, M]; masks bool [q, q] and [q, s]."""
-        x = x + self.attn(self.norm1(x), attn_mask=self_mask)
+        """Queries [B, q, D] and memory [B, s, M]; masks bool [q, q] and [q, s], or [B, 1, ...] for each image."""
+        if self.attn is not None:
+            x = x + self.attn(self.norm1(x), attn_mask=self_mask)
         x = x + self.cross(self.norm2(x), self.norm_memory(memory), memory_mask)
         return x + self.mlp(self.norm3(x))
 
@@ -223,8 +227,10 @@ def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(int(hash_integers(seed, text_key(name))[0]) & (2**63 - 1))
     value = torch.empty(shape)
     kind = name.rsplit(".", 1)[-1]
-    if kind in ("cls_token", "mask_token"):
+    if kind in ("cls_token", "mask_token", "null_token"):
         return nn.init.normal_(value, std=0.02, generator=generator)
+    if kind == "skip":  # CrossMAE's: the mix of L layers has the variance of one
+        return nn.init.normal_(value, std=shape[1] ** -0.5, generator=generator)
     if kind == "bias":
         return value.zero_()
     if value.dim() == 1:  # the weight of a LayerNorm

@@ -4,10 +4,14 @@ Only the weights are taken from the modules; no mask, no batch, no fused kernel.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from pipeline.vit import normalise, patchify
 
 
 def linear(module: nn.Linear, rows: Tensor) -> Tensor:
@@ -52,9 +56,13 @@ def block(module: nn.Module, rows: Tensor, context: Tensor | None = None) -> Ten
 
 
 def cross_block(module: nn.Module, rows: Tensor, context: Tensor, memory: Tensor) -> Tensor:
-    """RandSAC's decoder block: ``rows`` see ``context`` in self-attention and ``memory`` in cross-attention."""
-    rows = rows + self_attention(module.attn, layer_norm(module.norm1, rows), layer_norm(module.norm1, context))
-    k, v = linear(module.cross.kv, layer_norm(module.norm_memory, memory)).chunk(2, -1)
+    """RandSAC's decoder block: ``rows`` see ``context`` in self-attention, if it has one, and ``memory`` in cross-attention."""
+    if module.attn is not None:
+        normed = layer_norm(module.norm1, rows), layer_norm(module.norm1, context)
+        rows = rows + self_attention(module.attn, *normed)
+    if isinstance(module.norm_memory, nn.LayerNorm):
+        memory = layer_norm(module.norm_memory, memory)
+    k, v = linear(module.cross.kv, memory).chunk(2, -1)
     q = linear(module.cross.q, layer_norm(module.norm2, rows))
     rows = rows + linear(module.cross.proj, attend(q, k, v, module.cross.heads))
     return rows + mlp(module.mlp, layer_norm(module.norm3, rows))
@@ -130,3 +138,64 @@ def shake(module: nn.Module, scale: float = 0.1) -> None:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+# PCAE's teacher
+
+
+def random_tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_scores(rows: Tensor, ids: Sequence[int] = ()) -> Tensor:
+    """Mean cosine of each row with all rows, itself included; float64."""
+    unit = [row / max(float(row.norm()), 1e-12) for row in rows.detach().double()]
+    return torch.tensor([sum(float(u @ w) for w in unit) / len(unit) for u in unit], dtype=torch.float64)
+
+
+def plain_teacher(
+    encoder: nn.Module, image: Tensor, masked: list[int], keep: Fraction, drops: tuple[int, ...],
+    score: Callable[[Tensor, list[int]], Tensor] = plain_scores,
+) -> tuple[dict[int, Tensor], list[set[int]]]:  # fmt: skip
+    """Carries every masked token to the end; from its drop on, a dropped one is a key for nobody. Token -> feature.
+
+    After the blocks ``drops`` those with the lowest ``score`` (of their rows and raster ids) stay.
+    """
+    alive = list(range(len(masked)))
+    x, stages = embedded(encoder, image, 4)[masked], []
+    for index, module in enumerate(encoder.blocks):
+        x = block(module, x, x[alive])
+        if index in drops:
+            scores = score(x[alive], [masked[i] for i in alive])
+            order = sorted(range(len(alive)), key=lambda i: float(scores[i]))  # noqa: B023
+            alive = [alive[i] for i in order[: math.floor(len(alive) * keep)]]
+            stages.append({masked[i] for i in alive})
+    rows = layer_norm(encoder.norm, x)
+    return {masked[i]: rows[i] for i in alive}, stages
+
+
+def as_teacher(method: nn.Module) -> nn.Module:
+    """A teacher with the student's weights, as an engine makes it."""
+    teacher = method.build_teacher().to_empty(device="cpu")
+    teacher.load_state_dict(method.encoder.state_dict())
+    return teacher
+
+
+def fixed_teacher(features: Tensor, ids: Tensor) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    """Stands in for a teacher whose answer is known."""
+    return lambda patches, masked_ids, how: (features, [ids])
+
+
+def entering_tokens(method: nn.Module) -> list[int]:
+    """Tokens that really enter each block of the teacher on the meta device, its last ids and its features."""
+    seen: list[int] = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+             for block in method.encoder.blocks]  # fmt: skip
+    side = method.grid * method.patch_size
+    images = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")
+    patches = patchify(normalise(images), method.patch_size)
+    masked = torch.empty(1, method.grid**2 - method.num_visible, dtype=torch.int64, device="meta")
+    features, stages = method.targets(patches, masked, None)
+    for hook in hooks:
+        hook.remove()
+    return [*seen, stages[-1].shape[1], features.shape[1]]

@@ -37,7 +37,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class RankDraw(Draw):
-    """RandSAC: ``ranks`` int64 [B, N] in raster order."""
+    """RandSAC: ``ranks`` int64 [B, N] in raster order; -1 for a token that is dropped."""
 
     ranks: Tensor
 
@@ -47,17 +47,21 @@ class RankDraw(Draw):
             _ = self.sizes
 
     @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """Tokens of each rank. Computed before the draw moves to a device, so that no step waits for it."""
+    def sizes(self) -> tuple[int, ...] | None:
+        """Tokens of each rank, None where images differ. Computed before the draw moves to a device: no step waits for it."""
         return segment_sizes(self.ranks)
 
 
 @dataclass(frozen=True)
 class MaskDraw(Draw):
-    """MAE and PCAE: ``visible_ids`` int64 [B, V] and ``masked_ids`` int64 [B, M], together a permutation of the tokens."""
+    """MAE and PCAE: ``visible_ids`` int64 [B, V] and ``masked_ids`` int64 [B, M], together a permutation of the tokens.
+
+    ``priority`` int64 [B, N], for PCAE's random control: tokens of low priority value are kept.
+    """
 
     visible_ids: Tensor
     masked_ids: Tensor
+    priority: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,20 +94,19 @@ def token_mean(losses: Tensor, weight: Tensor) -> Tensor:
 
 
 def pixel_loss(prediction: Prediction) -> Tensor:
-    """Mean squared error over channels, then tokens, then images, in fp32."""
-    return token_mean((prediction.pred.float() - prediction.target).square().mean(dim=-1), prediction.weight)
+    """Mean squared error over channels of each token, [B, T], in fp32."""
+    return (prediction.pred.float() - prediction.target).square().mean(dim=-1)
 
 
 def cosine_loss(prediction: Prediction) -> Tensor:
-    """1 - cosine over channels, then the mean over tokens and images, in fp32 (PCAE). In [0, 2]."""
-    cosine = F.cosine_similarity(prediction.pred.float(), prediction.target, dim=-1)
-    return token_mean(1 - cosine, prediction.weight)
+    """1 - cosine over channels of each token, [B, T], in fp32 (PCAE). In [0, 2]."""
+    return 1 - F.cosine_similarity(prediction.pred.float(), prediction.target, dim=-1)
 
 
 class Method(nn.Module, ABC):
     """What the trainer needs of a method. A method gives it an encoder, a decoder with blocks, and the four functions below.
 
-    ``token_loss`` turns a ``Prediction`` into the scalar loss.
+    ``token_loss`` turns a ``Prediction`` into the loss of each token, [B, T].
     """
 
     encoder: nn.Module
@@ -115,8 +118,11 @@ class Method(nn.Module, ABC):
         """Fill all weights from the seed; ``__init__`` only builds shapes."""
 
     @abstractmethod
-    def draw(self, keys: Tensor) -> Draw:
-        """All randomness of a batch from its per-sample keys, int64 [B] on the CPU."""
+    def draw(self, keys: Tensor, batch_key: Tensor | None = None) -> Draw:
+        """All randomness of a batch from its per-sample keys, int64 [B] on the CPU.
+
+        ``batch_key`` [1]: the key of the global batch's first sample (default: of ``keys``), for what images share.
+        """
 
     @abstractmethod
     def predict(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> Prediction:
@@ -128,8 +134,14 @@ class Method(nn.Module, ABC):
 
     def forward(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar, and detached scalars for the log."""
-        loss = self.token_loss(self.predict(images, draw, teacher))
-        return loss, {"loss": loss.detach()}
+        prediction = self.predict(images, draw, teacher)
+        losses = self.token_loss(prediction)
+        loss = token_mean(losses, prediction.weight)
+        return loss, {"loss": loss.detach(), **self.monitor(prediction, losses.detach(), draw)}
+
+    def monitor(self, prediction: Prediction, losses: Tensor, draw: Any) -> dict[str, Tensor]:
+        """Further scalars for the log; ``losses`` [B, T] are the tokens'."""
+        return {}
 
     def layers(self) -> list[nn.Module]:
         """The modules that checkpointing, compilation and sharding wrap: encoder blocks, then decoder blocks."""

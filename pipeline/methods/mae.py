@@ -1,5 +1,8 @@
 """MAE: masked autoencoder with pixels normalised by patch (He et al., CVPR 2022, arXiv 2111.06377)."""
 
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +36,10 @@ from pipeline.vit import (
 if TYPE_CHECKING:
     from pipeline.config import Config
 
+# The decoder's parts as facebookresearch/mae names them; its other names are the encoder's, which are timm's.
+PUBLIC_DECODER = {"decoder_embed": "embed", "mask_token": "mask_token", "decoder_pos_embed": "pos_embed",
+                  "decoder_blocks": "blocks", "decoder_norm": "norm", "decoder_pred": "head"}  # fmt: skip
+
 
 class MAE(Method):
     """Encode the visible patches, decode all, predict the pixels of the masked ones."""
@@ -42,7 +49,7 @@ class MAE(Method):
         super().__init__()
         method, shape = cfg.method, cfg.shape
         self.seed, self.grid, self.patch_size = cfg.train.seed, cfg.grid, shape.patch_size
-        self.num_visible = num_visible(cfg.grid**2, method.mask_ratio)
+        self.num_visible, self.normalise_target = num_visible(cfg.grid**2, method.mask_ratio), method.normalise_target
         self.encoder = build_encoder(shape, cfg.data.image_size, class_token=True, drop_path=cfg.model.drop_path)
         self.decoder = Decoder(cfg.grid, shape.width, method.decoder_width, method.decoder_depth, method.decoder_heads,
                                3 * shape.patch_size**2)  # fmt: skip
@@ -54,18 +61,19 @@ class MAE(Method):
             "decoder.pos_embed": sincos_2d(self.grid, self.decoder.pos_embed.shape[-1], class_token=True),
         })  # fmt: skip
 
-    def draw(self, keys: Tensor) -> MaskDraw:
+    def draw(self, keys: Tensor, batch_key: Tensor | None = None) -> MaskDraw:
         """Visible and masked token ids for each key (int64 [B], CPU)."""
         keep = drop_path_keep(keys, drop_path_rates(self.encoder))
         return mask_draw(keys, self.grid**2, self.num_visible, keep)
 
     def predict(self, images: Tensor, draw: MaskDraw, teacher: nn.Module | None = None) -> Prediction:
-        """Standardised pixels of the masked patches. Images uint8 [B, 3, H, W]."""
+        """Pixels of the masked patches, standardised with ``normalise_target``. Images uint8 [B, 3, H, W]."""
         patches = patchify(normalise(images), self.patch_size)
         visible = gather_tokens(patches, draw.visible_ids)
         encoded = encode_visible(self.encoder, visible, draw.visible_ids, draw.drop_path)
         pred = self.decoder(encoded, draw.visible_ids, draw.masked_ids)
-        target = standardise(pixel_rows(gather_tokens(patches, draw.masked_ids)))
+        rows = pixel_rows(gather_tokens(patches, draw.masked_ids))
+        target = standardise(rows) if self.normalise_target else rows
         return Prediction(pred.float(), target, draw.masked_ids, torch.ones(draw.masked_ids.shape, device=pred.device))
 
     @torch.no_grad()
@@ -74,9 +82,47 @@ class MAE(Method):
         rows = pixel_rows(patchify(normalise(images), self.patch_size))
         prediction = self.predict(images, draw)
         index = draw.masked_ids[..., None].expand(-1, -1, rows.shape[-1])
-        restored = restore_pixels(prediction.pred, rows.gather(1, index))
+        restored = prediction.pred
+        if self.normalise_target:
+            restored = restore_pixels(restored, rows.gather(1, index))
         return panels([
             ("image", list(rows_to_image(rows))),
             ("visible", list(rows_to_image(rows.scatter(1, index, -10.0)))),
             ("reconstructed", list(rows_to_image(rows.scatter(1, index, restored)))),
         ])  # fmt: skip
+
+
+def public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under facebookresearch/mae's names as ours: ``decoder_pred.bias`` becomes ``decoder.head.bias``."""
+    renamed = {}
+    for name, value in state.items():
+        part, dot, rest = name.partition(".")
+        own = f"decoder.{PUBLIC_DECODER[part]}" if part in PUBLIC_DECODER else f"encoder.{part}"
+        renamed[own + dot + rest] = value
+    return renamed
+
+
+@torch.no_grad()
+def load_public(method: MAE, path: Path, *, encoder_only: bool = False) -> None:
+    """Fill a method that is not sharded from a checkpoint of facebookresearch/mae; with ``encoder_only`` its encoder alone.
+
+    Raises ValueError that lists what the file lacks, what the method does not know and what has another shape; the
+    method is then as it was.
+    """
+    with torch.serialization.safe_globals(
+        [argparse.Namespace]
+    ):  # their training stores its arguments beside the weights
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if "model" not in loaded:
+        raise ValueError(f"{path}: no checkpoint of facebookresearch/mae: it has no entry 'model'")
+    state, own = public_names(loaded["model"]), dict(method.named_parameters())
+    if encoder_only:
+        state, own = ({n: v for n, v in part.items() if n.startswith("encoder.")} for part in (state, own))
+    problems = [f"missing: {name}" for name in sorted(own.keys() - state.keys())]
+    problems += [f"unknown: {name}" for name in sorted(state.keys() - own.keys())]
+    problems += [f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
+                 for name in own if name in state and state[name].shape != own[name].shape]  # fmt: skip
+    if problems:
+        raise ValueError(f"{path}: does not fit: {'; '.join(problems)}")
+    for name, parameter in own.items():
+        parameter.copy_(state[name])

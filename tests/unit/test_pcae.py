@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import as_teacher, entering_tokens, fixed_teacher, plain_scores, plain_teacher, random_tokens
 from torch import Tensor, nn
 
 from pipeline import segments
 from pipeline.config import Config, ConfigError
 from pipeline.costs import drop_blocks, num_visible, teacher_schedule
 from pipeline.methods import build_method
-from pipeline.methods.common import Prediction, cosine_loss
+from pipeline.methods.common import Prediction, cosine_loss, token_mean
 from pipeline.methods.pcae import PCAE, compress
 from pipeline.optim import build_optimizer
 from pipeline.segments import gather_tokens, keep_least_redundant, redundancy
@@ -38,46 +39,6 @@ def method(tiny_config: Callable[..., Config]) -> PCAE:
 def fresh(tiny_config: Callable[..., Config]) -> PCAE:
     """As initialised."""
     return build_method(tiny_config("pcae"))
-
-
-def random_tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def plain_scores(rows: Tensor) -> Tensor:
-    """Mean cosine of each row with all rows, itself included; float64."""
-    unit = [row / max(float(row.norm()), 1e-12) for row in rows.detach().double()]
-    return torch.tensor([sum(float(u @ w) for w in unit) / len(unit) for u in unit], dtype=torch.float64)
-
-
-def plain_teacher(
-    method: PCAE, image: Tensor, masked: list[int], keep: Fraction
-) -> tuple[dict[int, Tensor], list[set]]:
-    """Carries every masked token to the end; from its drop on, a dropped one is a key for nobody. Token -> feature."""
-    encoder, per = method.encoder, len(method.encoder.blocks) // 3
-    alive = list(range(len(masked)))
-    x, stages = plain.embedded(encoder, image, 4)[masked], []
-    for index, block in enumerate(encoder.blocks):
-        x = plain.block(block, x, x[alive])
-        if index in (0, per, 2 * per):
-            scores = plain_scores(x[alive])
-            order = sorted(range(len(alive)), key=lambda i: float(scores[i]))
-            alive = [alive[i] for i in order[: math.floor(len(alive) * keep)]]
-            stages.append({masked[i] for i in alive})
-    rows = plain.layer_norm(encoder.norm, x)
-    return {masked[i]: rows[i] for i in alive}, stages
-
-
-def as_teacher(method: PCAE) -> nn.Module:
-    """A teacher with the student's weights, as an engine makes it."""
-    teacher = method.build_teacher().to_empty(device="cpu")
-    teacher.load_state_dict(method.encoder.state_dict())
-    return teacher
-
-
-def fixed_teacher(features: Tensor, ids: Tensor) -> Callable[..., tuple[Tensor, list[Tensor]]]:
-    """Stands in for a teacher whose answer is known."""
-    return lambda patches, masked_ids, drops, keep_ratio: (features, [ids])
 
 
 def pixels_of(ids: Tensor) -> Tensor:
@@ -143,20 +104,6 @@ def test_property_05_other_mask_ratios(
 # 6 to 12, 19: how many and which tokens are kept
 
 
-def entering_tokens(method: PCAE) -> list[int]:
-    """Tokens that really enter each block of the teacher, on the meta device."""
-    seen: list[int] = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-             for block in method.encoder.blocks]  # fmt: skip
-    images = torch.empty(1, 3, 224, 224, dtype=torch.uint8, device="meta")
-    patches = patchify(normalise(images), 16)
-    masked = torch.empty(1, 196 - method.num_visible, dtype=torch.int64, device="meta")
-    features, stages = method.targets(patches, masked, None)
-    for hook in hooks:
-        hook.remove()
-    return [*seen, stages[-1].shape[1], features.shape[1]]
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -178,7 +125,9 @@ def test_property_06_tokens_that_enter_each_block(
     shape = {"model__name": "vit_b", "data__image_size": 224}
     method = build_method(tiny_config("pcae", **(shape | options)), "meta")
     assert entering_tokens(method) == expected
-    entering, kept = teacher_schedule(expected[0], len(method.encoder.blocks), len(method.drops), method.keep_ratio)
+    entering, kept = teacher_schedule(
+        expected[0], len(method.encoder.blocks), len(method.drops), method.cfg.method.keep_ratio
+    )
     assert [*entering, kept, kept] == expected
 
 
@@ -331,9 +280,11 @@ def test_property_15_teacher_equals_a_reference_that_carries_all_tokens(
     draw = method.draw(torch.arange(2))
     masked = gather_tokens(patchify(normalise(images[:2]), 4), draw.masked_ids)
     with torch.no_grad():
-        features, stages = compress(method.encoder, masked, draw.masked_ids, method.drops, method.keep_ratio)
+        features, stages = compress(method.encoder, masked, draw.masked_ids, method.compression(None))
     for i in range(2):
-        expected, kept = plain_teacher(method, images[i], draw.masked_ids[i].tolist(), Fraction(ratio))
+        expected, kept = plain_teacher(
+            method.encoder, images[i], draw.masked_ids[i].tolist(), Fraction(ratio), (0, 1, 2)
+        )
         assert [set(ids[i].tolist()) for ids in stages] == kept
         for row, token in zip(features[i], stages[-1][i].tolist(), strict=True):
             torch.testing.assert_close(row, expected[token].float(), atol=2e-5, rtol=1e-5)
@@ -357,7 +308,7 @@ def test_property_16_dropped_tokens_have_no_influence_afterwards(method: PCAE, i
 
     def run(ids: Tensor = draw.masked_ids, patches: Tensor = masked) -> tuple[Tensor, list[Tensor]]:
         with torch.no_grad():
-            return compress(method.encoder, patches, ids, method.drops, method.keep_ratio)
+            return compress(method.encoder, patches, ids, method.compression(None))
 
     features, stages = run()
     gone = ~(draw.masked_ids[0, :, None] == stages[0][0]).any(dim=1)
@@ -497,17 +448,21 @@ def prediction_of(pred: Tensor, target: Tensor) -> Prediction:
     return Prediction(pred, target, torch.zeros(batch, tokens, dtype=torch.int64), torch.ones(batch, tokens))
 
 
+def mean_loss(prediction: Prediction) -> float:
+    return float(token_mean(cosine_loss(prediction), prediction.weight))
+
+
 @SOME
 @given(st.integers(0, 10**6))
 def test_property_29_loss_is_one_minus_the_mean_cosine(seed: int) -> None:
     pred, target = random_tokens(3, 5, 7, seed=seed), random_tokens(3, 5, 7, seed=seed + 1)
     expected = sum(1 - float(p @ t / p.norm() / t.norm()) for p, t in zip(pred.view(15, 7), target.view(15, 7),
                                                                        strict=True)) / 15  # fmt: skip
-    loss = float(cosine_loss(prediction_of(pred, target)))
+    loss = mean_loss(prediction_of(pred, target))
     assert loss == pytest.approx(expected, abs=1e-5) and 0 <= loss <= 2
     scale = random_tokens(3, 5, 1, seed=seed).exp()
-    assert float(cosine_loss(prediction_of(target * scale, target))) == pytest.approx(0, abs=1e-6)
-    assert float(cosine_loss(prediction_of(-target * scale, target))) == pytest.approx(2, abs=1e-6)
+    assert mean_loss(prediction_of(target * scale, target)) == pytest.approx(0, abs=1e-6)
+    assert mean_loss(prediction_of(-target * scale, target)) == pytest.approx(2, abs=1e-6)
 
 
 def test_property_29_loss_is_about_one_at_first_and_the_mean_over_images(fresh: PCAE, images: Tensor) -> None:
@@ -523,7 +478,7 @@ def test_property_29_loss_is_about_one_at_first_and_the_mean_over_images(fresh: 
 def test_property_29_predicting_the_target_costs_nothing(method: PCAE, images: Tensor) -> None:
     found = method.predict(images, method.draw(torch.arange(4)))
     perfect = dataclasses.replace(found, pred=3 * found.target)
-    assert float(cosine_loss(perfect)) == pytest.approx(0, abs=1e-6)
+    assert mean_loss(perfect) == pytest.approx(0, abs=1e-6)
 
 
 def test_property_30_scale_and_shift(method: PCAE, images: Tensor) -> None:
@@ -539,10 +494,10 @@ def test_property_30_scale_and_shift(method: PCAE, images: Tensor) -> None:
     assert loss(features + 0.7) == pytest.approx(loss(features), abs=1e-5)
     with torch.no_grad():
         found = method.predict(images, draw, fixed_teacher(features, ids))
-    base = float(cosine_loss(found))
-    assert float(cosine_loss(dataclasses.replace(found, pred=5 * found.pred))) == pytest.approx(base, abs=1e-6)
+    base = mean_loss(found)
+    assert mean_loss(dataclasses.replace(found, pred=5 * found.pred)) == pytest.approx(base, abs=1e-6)
     # Targets have no mean, so a shift of the prediction changes only its length, and thereby the cosine.
-    assert abs(float(cosine_loss(dataclasses.replace(found, pred=found.pred + 3))) - base) > 1e-3
+    assert abs(mean_loss(dataclasses.replace(found, pred=found.pred + 3)) - base) > 1e-3
 
 
 def test_property_31_targets_are_standardised_features(method: PCAE, images: Tensor) -> None:

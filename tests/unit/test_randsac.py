@@ -10,19 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segment_paths import N, by_token, leak, loop_path, pixels_of, plain_predict
 from torch import Tensor
 
 from pipeline import segments
 from pipeline.config import Config, ConfigError
-from pipeline.methods import build_method, randsac
+from pipeline.methods import build_method
 from pipeline.methods.common import Prediction, RankDraw, restore_pixels
 from pipeline.methods.randsac import RandSAC
 from pipeline.optim import takes_decay
 from pipeline.order import sample_keys
 from pipeline.vit import embed, normalise, patchify, pixel_rows, standardise, unpatchify
 
-N = 64
-Predict = Callable[[RandSAC, Tensor, RankDraw], Prediction]
 SIZES = {
     "raster": (1,) * N,
     "two": (20, 44),
@@ -54,40 +53,6 @@ def rank_draw(sizes: tuple[int, ...], batch: int = 1, seed: int = 0, *, shuffle:
     return RankDraw(None, torch.stack(rows))
 
 
-def by_token(prediction: Prediction, rows: Tensor | None = None) -> Tensor:
-    """Predictions (or other rows) at their raster places, [B, N, C]; NaN where nothing is predicted."""
-    rows = prediction.pred if rows is None else rows
-    out = torch.full((len(rows), N, rows.shape[-1]), float("nan"), dtype=rows.dtype)
-    return out.scatter(1, prediction.token_ids[..., None].expand_as(rows), rows)
-
-
-def pixels_of(tokens: Tensor) -> Tensor:
-    """A bool [B, N] of tokens as a bool [B, 1, H, W] of pixels."""
-    return tokens.view(-1, 1, 8, 8).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
-
-
-def plain_predict(method: RandSAC, images: Tensor, draw: RankDraw) -> Prediction:
-    return method.predict(images, draw)
-
-
-def leak(predict: Predict, method: RandSAC, image: Tensor, draw: RankDraw, most: int = N) -> float:
-    """How far predictions of rank k move, over (at most ``most``) k, when all pixels of ranks >= k become loud noise.
-
-    Image k of the batch has its ranks >= k replaced; rows are compared in place, so that equal means bitwise equal.
-    """
-    ranks = draw.ranks[0]
-    ks = torch.arange(1, int(ranks.max()) + 1)
-    ks = ks[torch.linspace(0, len(ks) - 1, min(most, len(ks))).round().long()]
-    batch = RankDraw(None, ranks.expand(len(ks), -1).contiguous())
-    clean = image.float().expand(len(ks), -1, -1, -1)
-    noise = 2550 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    noisy = torch.where(pixels_of(batch.ranks >= ks[:, None]), noise, clean)
-    with torch.no_grad():
-        before, after = (by_token(predict(method, pixels, batch)) for pixels in (clean, noisy))
-    of_rank = batch.ranks == ks[:, None]
-    return float((before - after)[of_rank].abs().max())
-
-
 def mask_path(method: RandSAC, images: Tensor, draw: RankDraw, *, rank_0: str = "own memory, unseen") -> Prediction:
     """All tokens in raster order in encoder and decoder, with masks made from ranks; nothing is sorted or left out.
 
@@ -108,33 +73,6 @@ def mask_path(method: RandSAC, images: Tensor, draw: RankDraw, *, rank_0: str = 
     return Prediction(pred.float(), target, ids, (draw.ranks > 0).float())
 
 
-def loop_path(method: RandSAC, image: Tensor, ranks: Tensor) -> dict[int, Tensor]:
-    """Segment after segment, one image, float64, no mask: each sees what exists by then. Token -> prediction."""
-    tokens = plain.embedded(method.encoder, image, 4)
-    last = int(ranks.max())
-    members = [torch.nonzero(ranks == k).flatten().tolist() for k in range(last + 1)]
-    inputs: list[list[Tensor]] = [[] for _ in method.encoder.blocks]  # of each encoder block, segment by segment
-    outputs: list[list[Tensor]] = [[] for _ in method.encoder.blocks]
-    for k in range(last):
-        x = tokens[members[k]]
-        for index, module in enumerate(method.encoder.blocks):
-            inputs[index].append(x)
-            x = plain.block(module, x, torch.cat(inputs[index]))
-            outputs[index].append(x)
-    decoder = method.decoder
-    seen: list[list[Tensor]] = [[] for _ in decoder.blocks]
-    found = {}
-    for k in range(1, last + 1):
-        y = decoder.mask_token[0].double() + decoder.pos_embed[0, members[k]].double()
-        for index, module in enumerate(decoder.blocks):
-            seen[index].append(y)
-            memory = sum(decoder.skip[index, e].double() * torch.cat(outputs[e][:k]) for e in range(len(outputs)))
-            y = plain.cross_block(module, y, torch.cat(seen[index]), memory)
-        rows = plain.linear(decoder.head, plain.layer_norm(decoder.norm, y))
-        found |= dict(zip(members[k], rows, strict=True))
-    return found
-
-
 # 1, 2, 3: nothing of a segment or of a later one reaches its prediction
 
 
@@ -144,7 +82,8 @@ def test_property_01_no_leak_forward(
     request: pytest.FixtureRequest, images: Tensor, weights: str, partition: int
 ) -> None:
     parts = segments.square_segments(4, partition)
-    ranks = segments.hierarchical_ranks(torch.tensor([partition]), segments.square_segments(8, 2), parts)
+    segment = segments.square_segments(8, 2)[None]
+    ranks = segments.segment_ranks(torch.tensor([partition]), segment, len(parts), partition=parts[None])
     assert leak(plain_predict, request.getfixturevalue(weights), images[:1], RankDraw(None, ranks)) == 0
 
 
@@ -179,12 +118,14 @@ def test_property_02_no_leak_in_the_gradient(method: RandSAC, images: Tensor, si
 
 @pytest.fixture
 def leaky_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def masks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        source, target, memory = segments.block_masks(sizes, device)
+    right = segments.block_masks
+
+    def masks(sizes: tuple[int, ...], device: torch.device, predict_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+        source, target, _ = right(sizes, device)
         ranks = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         return source, target, segments.rank_mask(ranks[sizes[0] :], ranks[: N - sizes[-1]])  # <= instead of <
 
-    monkeypatch.setattr(randsac, "block_masks", masks)
+    monkeypatch.setattr(segments, "block_masks", masks)
 
 
 def add_class_token(monkeypatch: pytest.MonkeyPatch, *, two_way: bool) -> None:
@@ -382,7 +323,13 @@ def test_property_10_one_segment_is_refused(tiny_config: Callable[..., Config], 
 
 @pytest.mark.parametrize(
     ("ranks", "message"),
-    [([[0, 0, 2, 2]], "consecutive"), ([[1, 1, 2, 2]], "consecutive"), ([[0, 0, 1, 1], [0, 1, 1, 1]], "same number")],
+    [
+        ([[0, 0, 2, 2]], "consecutive"),
+        ([[1, 1, 2, 2]], "consecutive"),
+        ([[0, 0, 1, 1], [0, 0, 2, 2]], "consecutive"),
+        ([[0, 1, -2]], "consecutive"),
+        ([[0, 1, 1], [0, 0, -1]], "K >= 2"),
+    ],
 )
 def test_ranks_that_cannot_be_trained_on_are_refused(ranks: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -522,7 +469,8 @@ def test_property_17_segments_that_do_not_tile_are_refused() -> None:
 
 def segment_orders(keys: Tensor, partition: Tensor) -> Tensor:
     """Segments in the order of prediction, [B, K]."""
-    return segments.hierarchical_ranks(keys, torch.arange(len(partition)), partition).argsort(dim=1)
+    each, parts = torch.arange(len(partition)).expand(len(keys), -1), partition.expand(len(keys), -1)
+    return segments.segment_ranks(keys, each, len(partition), partition=parts).argsort(dim=1)
 
 
 def neighbours_together(orders: Tensor, partition: Tensor) -> float:
