@@ -1,6 +1,7 @@
 """The command line: verbs to functions, nothing else. Everything heavy is imported by the verb that needs it."""
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -166,14 +167,20 @@ def knn(run: RunDir, weights: WhichWeights = Weights.model) -> None:
 
 
 @evaluate.command()
-def linear(run: RunDir, weights: WhichWeights = Weights.model) -> None:
-    """Accuracy of a softmax regression on cached features.
+def linear(
+    run: RunDir,
+    weights: WhichWeights = Weights.model,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Solve one softmax regression on the mean of patch tokens instead.")
+    ] = False,
+) -> None:
+    """Accuracy on data.val of the best of many linear heads (poolings x learning rates), chosen on a tenth of data.train.
 
-    Example: patchmill eval linear runs/mae
+    Example: patchmill eval linear runs/mae --weights untrained
     """
     from pipeline.evaluate import probe
 
-    _say(probe(run, "linear", weights.value))
+    _say(probe(run, "linear" if exact else "linear_heads", weights.value))
 
 
 @app.command()
@@ -234,6 +241,63 @@ def data(
 
     for row in run(beton, manifest, image_size=size):
         _say(row)
+
+
+Batch = Annotated[int, typer.Option(min=1, help="Images a batch.")]
+Rounds = Annotated[int, typer.Option(help="Interleaved rounds, at least 8; more calm the medians.")]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FILE.json", help="Also write the rows there, with hardware and versions.")
+]
+
+
+def _report(rows: Sequence[Any], out: Path | None) -> None:
+    from pipeline.bench.report import write_report
+
+    for row in rows:
+        _say(row)
+    if out is not None:
+        write_report(out, rows)
+
+
+@bench.command()
+def methods(
+    model: Annotated[str, typer.Option(help="The encoder, such as vit_s.")] = "vit_b",
+    batch: Batch = 4,
+    peer: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A checkout of github.com/facebookresearch/mae to compare with."),
+    ] = None,
+    rounds: Rounds = 8,
+    out: Out = None,
+) -> None:
+    """CPU time of a forward and backward pass of MAE, PCAE and RandSAC beside their FLOPs, one thread, interleaved.
+
+    Example: patchmill bench methods --model vit_b --peer mae --out methods.json
+    """
+    from pipeline.bench.methods import run
+    from pipeline.bench.report import check_out
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench methods", None, "run") as progress:
+        rows = run(model, batch=batch, peer=peer, rounds=rounds, progress=progress.update)
+    _report(rows, out)
+
+
+@bench.command()
+def attention(batch: Batch = 4, rounds: Rounds = 8, out: Out = None) -> None:
+    """What RandSAC's attention mask costs: ViT-B's blocks at 196 tokens with and without, one thread, interleaved.
+
+    Example: patchmill bench attention --batch 2 --out attention.json
+    """
+    from pipeline.bench.attention import run
+    from pipeline.bench.report import check_out
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench attention", None, "run") as progress:
+        rows = run(batch=batch, rounds=rounds, progress=progress.update)
+    _report(rows, out)
 
 
 @app.command()

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.costs import num_visible, teacher_schedule
-from pipeline.settings import EXPONENT, Config, MAEConfig, PCAEConfig, RandSACConfig, Section
+from pipeline.settings import EXPONENT, Config, MAEConfig, OptimConfig, PCAEConfig, RandSACConfig, Section
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -210,9 +210,10 @@ def _check_average(cfg: Config) -> Iterable[str]:
     optim = cfg.optim
     if optim.ema is None:
         yield "optim.ema: is required and not set: PCAE's teacher is an average of the encoder, such as 0.9999"
-    elif not all(0 <= value <= 1 for value in cfg.momentum):
-        yield (f"optim.ema_batch = {optim.ema_batch}: makes the momentum {cfg.momentum[0]:.4g} at a batch of "
-               f"{cfg.train.global_batch}; raise it or optim.ema")  # fmt: skip
+    for key, value in zip(("ema", "ema_end"), cfg.momentum, strict=True):
+        if not 0 <= value <= 1:
+            yield (f"optim.ema_batch = {optim.ema_batch}: makes optim.{key} {value:.4g} at a batch of "
+                   f"{cfg.train.global_batch}; raise optim.ema_batch or optim.{key}")  # fmt: skip
 
 
 def _check(cfg: Config) -> Iterable[str]:
@@ -238,8 +239,9 @@ def _check(cfg: Config) -> Iterable[str]:
         yield (f"train.global_batch = {train.global_batch}: should be a multiple of train.micro_batch ({cfg.micro_batch}): "
                f"lower train.micro_batch to {math.gcd(train.global_batch, cfg.micro_batch)}, or take a global batch of "
                f"{math.ceil(train.global_batch / cfg.micro_batch) * cfg.micro_batch}")  # fmt: skip
-    for key, value in (("ema", optim.ema), ("ema_batch", optim.ema_batch)):
-        if value is not None and not isinstance(cfg.method, PCAEConfig):
+    for key in ("ema", "ema_end", "ema_batch"):
+        value = getattr(optim, key)
+        if value != OptimConfig.model_fields[key].default and not isinstance(cfg.method, PCAEConfig):
             yield f"optim.{key} = {value}: only method.name=pcae has a teacher; leave it unset"
 
 

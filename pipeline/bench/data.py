@@ -1,22 +1,18 @@
 """Loaders compared: CPU seconds per image of Patchmill's FFCV loader, FFCV's stock pipeline and Pillow, on one thread.
 
-One process, the same images, rounds interleaved. Each contestant runs twice a round: the ratio of its two medians (A/A)
-says how far figures of this machine, now, can be trusted; beyond 3 % none is reported.
+One process, the same images, rounds interleaved; see ``pipeline.bench.interleaved``.
 """
 
 import io
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Final, Literal
 
 import numpy as np
 
 from data_prep.scan import Manifest, load_manifest
 from data_prep.verify import check_seal
+from pipeline.bench.interleaved import TOLERANCE, Contestant, check_rounds, interleave, one_thread, refuse_restless
 from pipeline.config import UserError
 from pipeline.crops import crop_boxes
 from pipeline.data import open_loader, to_planes
@@ -25,9 +21,6 @@ from pipeline.order import epoch_permutation, sample_keys
 
 BATCH: Final = 64
 SCALE: Final = (0.2, 1.0)
-TOLERANCE: Final = 0.03
-
-Contestant = Callable[[int], int]  # reads an epoch, returns the number of images
 
 
 @dataclass(frozen=True)
@@ -43,21 +36,6 @@ class Row:
         """One line of a table."""
         return (f"{self.name:<28}{1 / self.cpu_s_per_image:8.0f} images per CPU second   A/A {self.a_over_a:.3f}   "
                 f"ours / this {self.ours_is_faster:.2f}")  # fmt: skip
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    import cv2
-    import torch
-
-    threads = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads[0])
-        cv2.setNumThreads(threads[1])
 
 
 def _order(epoch: int, num_samples: int) -> list[Int64]:
@@ -119,32 +97,18 @@ def _pillow(manifest: Manifest, image_size: int, as_float: bool) -> Contestant:
     return read
 
 
-def interleave(contestants: dict[str, Contestant], rounds: int) -> dict[str, tuple[float, float]]:
-    """(CPU seconds per image, A/A ratio) of each contestant: medians over ``rounds``, after one that is not counted."""
-    spent: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contestants}
-    for number in range(rounds + 1):
-        for half in (0, 1):
-            for name, read in contestants.items():
-                start = time.process_time()
-                images = read(number)
-                if number:
-                    spent[name][half].append((time.process_time() - start) / images)
-    return {name: (median(a + b), median(b) / median(a)) for name, (a, b) in spent.items()}
-
-
 def run(beton: Path, manifest: Path, *, image_size: int = 224, rounds: int = 8) -> list[Row]:
     """Measure on a beton and the manifest of the same images; ``rounds`` is at least 8.
 
     Raises UserError when they are not the same image set, or when the machine is too restless to tell.
     """
-    if rounds < 8:
-        raise UserError(f"rounds = {rounds}: should be at least 8, fewer do not tell a difference from noise")
+    check_rounds(rounds)
     book = load_manifest(manifest)
     if check_seal(beton).image_set != book.image_set:
         raise UserError(
             f"{beton} and {manifest}: hold different images; give the manifest that the beton was written from"
         )
-    with _one_thread():
+    with one_thread():
         contestants = {
             "patchmill ffcv": _patchmill("ffcv", beton, image_size),
             "ffcv stock": _stock(beton, image_size),
@@ -153,10 +117,6 @@ def run(beton: Path, manifest: Path, *, image_size: int = 224, rounds: int = 8) 
             "pillow, normalised float32": _pillow(book, image_size, True),
         }
         figures = interleave(contestants, rounds)
-    restless = {name: ratio for name, (_, ratio) in figures.items() if abs(ratio - 1) > TOLERANCE}
-    if restless:
-        found = ", ".join(f"{name} {ratio:.3f}" for name, ratio in restless.items())
-        raise UserError(f"the machine is too restless for a figure: A/A of {found}, should be within {TOLERANCE:.0%} "
-                        "of 1; run it again when nothing else runs")  # fmt: skip
+    refuse_restless(figures, TOLERANCE)
     best = figures["patchmill ffcv"][0]
     return [Row(name, seconds, ratio, seconds / best) for name, (seconds, ratio) in figures.items()]

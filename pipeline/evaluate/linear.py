@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeline.evaluate.features import Features, check_probe
 
 
-def _standardiser(features: Tensor) -> tuple[Tensor, Tensor]:
+def standardiser(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each column, [D]; 1 for a constant column, whose deviation is exactly 0."""
     mean, std = features.mean(0), features.std(0, correction=0)
     return mean, std.where(std > 0, 1)
@@ -39,7 +39,7 @@ def linear_accuracy(
     set counts for nothing. Raises UserError for features that ``check_probe`` refuses.
     """
     check_probe(train, test, num_classes)
-    mean, std = _standardiser(train.features)
+    mean, std = standardiser(train.features)
     weight, bias = _fit((train.features - mean) / std, train.labels, num_classes, l2, max_iter)
     predicted = (((test.features - mean) / std).double() @ weight + bias).argmax(1)
     return 100 * int((predicted == test.labels).sum()) / len(test.labels)

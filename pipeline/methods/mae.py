@@ -109,9 +109,8 @@ def load_public(method: MAE, path: Path, *, encoder_only: bool = False) -> None:
     Raises ValueError that lists what the file lacks, what the method does not know and what has another shape; the
     method is then as it was.
     """
-    with torch.serialization.safe_globals(
-        [argparse.Namespace]
-    ):  # their training stores its arguments beside the weights
+    # Their training stores its arguments beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     if "model" not in loaded:
         raise ValueError(f"{path}: no checkpoint of facebookresearch/mae: it has no entry 'model'")

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from pipeline.cli import app, main
 
 VERBS = [["train"], ["check"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"], ["eval", "linear"],
-         ["visualize"], ["export"], ["sync"], ["bench", "data"], ["quickstart"]]  # fmt: skip
+         ["visualize"], ["export"], ["sync"], ["bench", "data"], ["bench", "methods"],
+         ["bench", "attention"], ["quickstart"]]  # fmt: skip
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -1,6 +1,7 @@
 """Feature extraction: which tokens are averaged, in which mode, in which order, and the cache."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.evaluate.features import Features, cached, check_probe, extract, pixels
+from pipeline.evaluate.heads import heads_accuracy
 from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.linear import linear_accuracy
 from pipeline.vit import VisionTransformer, normalise
@@ -41,29 +44,38 @@ class FakeLoader:
         self.closed += 1
 
 
-def build(class_token: bool, **options: Any) -> VisionTransformer:
+def build(class_token: bool, depth: int = 2, **options: Any) -> VisionTransformer:
     torch.manual_seed(1)
-    return VisionTransformer(img_size=8, patch_size=4, embed_dim=24, depth=2, num_heads=3, class_token=class_token,
+    return VisionTransformer(img_size=8, patch_size=4, embed_dim=24, depth=depth, num_heads=3, class_token=class_token,
                              global_pool="", num_classes=0, **options)  # fmt: skip
 
 
-def by_hand(encoder: VisionTransformer, images: Tensor, prefix: int) -> Tensor:
-    """The same features from timm's parts: embedding, blocks, final norm, mean of the patches."""
+def by_hand(encoder: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """Each block's tokens through the final norm, from timm's parts: embedding, blocks, norm."""
+    tokens = []
     with torch.no_grad():
         x = encoder._pos_embed(encoder.patch_embed(normalise(images)))
         for block in encoder.blocks:
             x = block(x)
-        return encoder.norm(x)[:, prefix:].mean(1)
+            tokens.append(encoder.norm(x))
+    return tokens
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-def test_features_are_the_mean_of_patch_tokens_after_the_norm(class_token: bool) -> None:
-    loader, encoder = FakeLoader(), build(class_token).eval()
+@pytest.mark.parametrize("depth", [2, 6])
+def test_features_are_means_of_patch_tokens_and_the_class_token_after_the_norm(class_token: bool, depth: int) -> None:
+    loader, encoder = FakeLoader(), build(class_token, depth).eval()
     with torch.no_grad():
         encoder.norm.weight.uniform_(0.5, 2)
         encoder.norm.bias.uniform_(-1, 1)
     made = extract(encoder, loader, batch_size=4, device="cpu")
-    torch.testing.assert_close(made.features, by_hand(encoder, loader.images, int(class_token)), rtol=1e-4, atol=1e-5)
+    tokens = by_hand(encoder, loader.images)
+    means = [each[:, int(class_token) :].mean(1) for each in tokens]
+    torch.testing.assert_close(made.features, means[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made.others["last4"], torch.cat(means[-4:], 1), rtol=1e-4, atol=1e-5)
+    assert set(made.others) == ({"last4", "cls"} if class_token else {"last4"})
+    if class_token:
+        torch.testing.assert_close(made.others["cls"], tokens[-1][:, 0], rtol=1e-4, atol=1e-5)
     assert made.features.dtype == torch.float32 and made.labels.dtype == torch.int64
     assert torch.equal(made.labels, loader.all_labels)
 
@@ -121,7 +133,8 @@ def counting() -> tuple[Any, list[int]]:
 
     def compute() -> Features:
         calls.append(1)
-        return Features(torch.full((4, 2), float(len(calls))), torch.tensor([0, 1, 0, 1]))
+        values = torch.full((4, 2), float(len(calls)))
+        return Features(values, torch.tensor([0, 1, 0, 1]), {"cls": values + 1, "last4": values + 2})
 
     return compute, calls
 
@@ -132,6 +145,8 @@ def test_cache_is_read_back_equal(tmp_path: Path) -> None:
     first, second = cached(path, KEY, compute), cached(path, dict(reversed(KEY.items())), compute)
     assert len(calls) == 1
     assert torch.equal(first.features, second.features) and torch.equal(first.labels, second.labels)
+    assert set(second.others) == {"cls", "last4"}
+    assert all(torch.equal(first.others[name], second.others[name]) for name in first.others)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
@@ -142,6 +157,15 @@ def test_stale_cache_is_computed_again_and_replaced(tmp_path: Path, key: dict[st
     cached(path, KEY, compute)
     assert cached(path, key, compute).features[0, 0] == 2
     assert cached(path, key, compute).features[0, 0] == 2 and len(calls) == 2
+
+
+def test_a_file_of_a_version_that_kept_the_mean_only_is_stale(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compute, calls = counting()
+    path = tmp_path / "features.safetensors"
+    save_file({"features": torch.zeros(4, 2), "labels": torch.zeros(4, dtype=torch.int64)}, path, metadata=KEY)
+    assert "cls" in cached(path, KEY, compute).others and len(calls) == 1
+    assert "cls" in cached(path, KEY, compute).others and len(calls) == 1
+    assert not caplog.text  # nothing is wrong with it
 
 
 @pytest.mark.parametrize("length", [0, 5, -1])
@@ -192,7 +216,10 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize("probe", [knn_accuracy, linear_accuracy])
+HEADS = partial(heads_accuracy, lrs=(0.1,), epochs=1, batch_size=4, seed=0)
+
+
+@pytest.mark.parametrize("probe", [knn_accuracy, linear_accuracy, HEADS], ids=["knn", "linear", "heads"])
 @pytest.mark.parametrize(("train", "test", "message"), PROBLEMS, ids=[problem[2] for problem in PROBLEMS])
 def test_unusable_features_are_refused_in_one_line(probe: Any, train: Features, test: Features, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:

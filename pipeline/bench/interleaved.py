@@ -1,0 +1,73 @@
+"""What the benchmarks share: one thread, interleaved rounds, and no figure that the machine cannot vouch for.
+
+Each contestant runs twice a round: the ratio of its two medians (A/A) says how far figures of this machine, now, can be
+trusted; beyond 3 % none is reported.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from statistics import median
+from typing import Final
+
+from pipeline.config import UserError
+
+TOLERANCE: Final = 0.03
+MIN_ROUNDS: Final = 8
+
+Contestant = Callable[[int], int]  # runs a round (such as an epoch), returns the number of images
+Figures = dict[str, tuple[float, float]]
+Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch and OpenCV on one thread inside, as they were afterwards."""
+    import cv2
+    import torch
+
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
+
+
+def check_rounds(rounds: int) -> None:
+    """Raises UserError for too few."""
+    if rounds < MIN_ROUNDS:
+        raise UserError(
+            f"rounds = {rounds}: should be at least {MIN_ROUNDS}, fewer do not tell a difference from noise"
+        )
+
+
+def interleave(contestants: Mapping[str, Contestant], rounds: int, progress: Progress | None = None) -> Figures:
+    """(CPU seconds per image, A/A ratio) of each contestant: medians over ``rounds``, after one that is not counted.
+
+    ``progress`` gets (runs done, all runs).
+    """
+    spent: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contestants}
+    done, total = 0, 2 * (rounds + 1) * len(contestants)
+    for number in range(rounds + 1):
+        for half in (0, 1):
+            for name, contestant in contestants.items():
+                start = time.process_time()
+                images = contestant(number)
+                if number:
+                    spent[name][half].append((time.process_time() - start) / images)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    return {name: (median(a + b), median(b) / median(a)) for name, (a, b) in spent.items()}
+
+
+def refuse_restless(figures: Figures, tolerance: float) -> None:
+    """Raises UserError when any A/A ratio is more than ``tolerance`` off 1."""
+    restless = {name: ratio for name, (_, ratio) in figures.items() if abs(ratio - 1) > tolerance}
+    if restless:
+        found = ", ".join(f"{name} {ratio:.3f}" for name, ratio in restless.items())
+        raise UserError(f"the machine is too restless for a figure: A/A of {found}, should be within {tolerance:.0%} "
+                        "of 1; run it again when nothing else runs")  # fmt: skip

@@ -1,0 +1,43 @@
+"""A benchmark's rows as JSON that says where they were measured."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import UserError
+
+
+def check_out(path: Path | None) -> None:
+    """Raises UserError when a report cannot be written there: to be known before minutes of measuring."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"--out {path}: no file can be written there; name a file in a folder that exists")
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def write_report(path: Path, rows: Sequence[Any]) -> None:
+    """Write dataclass ``rows`` with hardware, versions, load average (1, 5, 15 minutes), date and command line."""
+    report = {
+        "command": shlex.join(["patchmill", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {"cpu": _cpu_model(), "cpus": os.cpu_count()},
+        "load_average": os.getloadavg(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "timm")}},
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n")
