@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -47,12 +46,12 @@ TEST_SIZE_IMAGENET = {
 
 
 def presets() -> list[str]:
-    """Every shipped configuration that names a method; fragments that only add settings do not."""
+    """Every shipped recipe; those of ViT-L and ViT-H are ViT-B's with another encoder, and here all have the same."""
     paths = [
         path for folder in ("quickstart", "cifar10", "imagenet") for path in sorted((CONFIGS / folder).glob("*.yaml"))
     ]
-    trees = {str(path.relative_to(CONFIGS).with_suffix("")): yaml.safe_load(path.read_text()) or {} for path in paths}
-    return [name for name, tree in trees.items() if "name" in tree.get("method", {})]
+    names = [str(path.relative_to(CONFIGS).with_suffix("")) for path in paths]
+    return [name for name in names if not name.endswith(("_vit_l", "_vit_h"))]
 
 
 def golden_path(preset: str, folder: Path = HERE) -> Path:

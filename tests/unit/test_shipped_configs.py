@@ -1,0 +1,81 @@
+"""The shipped configurations: each is valid, says what it is, and lists overrides that are valid too."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import CONFIG_DIR, find_config, load_config
+from pipeline.estimate import flops_per_image
+from pipeline.methods import build_method
+
+NAMES = [str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in sorted(CONFIG_DIR.rglob("*.yaml"))]
+FRAGMENTS = [name for name in NAMES if "name" not in (yaml.safe_load(find_config(name).read_text())["method"])]
+RECIPES = [name for name in NAMES if name not in FRAGMENTS]
+BASE = ["run.dir=runs/x", "data.train=train.beton"]
+
+
+def header(name: str) -> str:
+    lines = Path(find_config(name)).read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("#"))
+
+
+def rows() -> list[str]:
+    """Lines of a table and a row, published figures, and overrides."""
+    return re.findall(r"^#   (T\d .+)$", header("cifar10/randsac_vit_s"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_header_says_what_it_is_on_what_and_the_command(name: str) -> None:
+    text = header(name)
+    assert "Hardware:" in text and f"Command: patchmill train {'' if name in RECIPES else 'imagenet/'}" in text
+    assert ("Expected" in text or "Nothing is published" in text) == (name in RECIPES)
+    command = text.split("Command: patchmill train ")[1].splitlines()[0].split()
+    cfg = load_config([word for word in command if "=" not in word], [word for word in command if "=" in word])
+    assert name in command and flops_per_image(cfg).step > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds(name: str) -> None:
+    cfg = load_config([name], BASE)
+    parameters = sum(p.numel() for p in build_method(cfg, "meta").encoder.parameters())
+    published = {"vit_b": 86e6, "vit_l": 304e6, "vit_h": 632e6, "vit_s": 21.5e6}
+    if cfg.model.name in published:
+        assert parameters == pytest.approx(published[cfg.model.name], rel=0.03)
+
+
+def test_every_row_of_the_papers_tables_is_there() -> None:
+    counts = {table: sum(row.startswith(table) for row in rows()) for table in ("T1", "T2", "T3", "T4", "T5", "T6")}
+    assert counts == {"T1": 2, "T2": 2, "T3": 3, "T4": 3, "T5": 10, "T6": 9}
+
+
+@pytest.mark.parametrize("row", rows())
+def test_a_row_of_the_papers_tables_is_valid(row: str) -> None:
+    overrides = re.findall(r"\S+=\S+", row)
+    cfg = load_config(["cifar10/randsac_vit_s"], [*BASE, "method.skip=none", *overrides])
+    squares = re.search(r"T\d square (\d+)(?:->(\d+))?", row)
+    method, grid = cfg.method, cfg.grid
+    if "T6" in row and squares:
+        assert (grid // method.segment_size) ** 2 == int(squares[1])
+        assert (method.order == "hierarchical") == bool(squares[2])
+    elif "T3" in row:
+        assert method.segment_size == int(squares[1])
+    blobs = re.search(r"blobs? (\d+)(?:->(\d+))?", row)
+    if blobs:
+        assert method.segments == "blob" and method.num_segments == int(blobs[1])
+        assert (method.order == "hierarchical") == bool(blobs[2])
+        assert not blobs[2] or method.num_partitions == int(blobs[2])
+    assert method.shuffled == ("shuffled" in row) and (method.order == "raster") == ("raster" in row)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("imagenet")])
+def test_ablations_named_in_a_header_are_valid(name: str) -> None:
+    text = header(name).split("Ablations:")[1].split("Command:")[0]
+    overrides = re.findall(r"(?:method|model)\.\w+=[\w.]+", text)
+    fragments = [word for word in re.findall(r"decoder/\w+", text)]
+    assert overrides and fragments
+    for override in overrides:
+        load_config([name], [*BASE, override])
+    for fragment in fragments:
+        load_config([name, fragment], BASE)
