@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.costs import num_visible, teacher_schedule
-from pipeline.settings import EXPONENT, Config, MAEConfig, OptimConfig, PCAEConfig, RandSACConfig, Section
+from pipeline.settings import EXPONENT, METHOD_CONFIGS, Config, OptimConfig, PCAEConfig, RandSACConfig, Section
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -119,11 +119,10 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def _known_keys(location: Sequence[str], method: str | None) -> list[str]:
-    methods: dict[str, type[Section]] = {"randsac": RandSACConfig, "pcae": PCAEConfig, "mae": MAEConfig}
     if not location:
         return list(Config.model_fields)
     if location[0] == "method":
-        return list(methods[method].model_fields) if method in methods else ["name"]
+        return list(METHOD_CONFIGS[method].model_fields) if method in METHOD_CONFIGS else ["name"]
     field = Config.model_fields.get(location[0])
     return list(cast(type[Section], field.annotation).model_fields) if field else []
 
@@ -143,9 +142,9 @@ def _explain(error: Any, tree: Mapping[str, Any]) -> tuple[tuple[str, ...], str]
     if kind == "missing":
         return location, f"{key}: is required and not set"
     if kind == "union_tag_invalid":
-        return location, f"method.name = {method!r}: should be randsac, pcae or mae"
+        return location, f"method.name = {method!r}: should be one of {', '.join(METHOD_CONFIGS)}"
     if kind == "union_tag_not_found":
-        return ("method", "name"), "method.name: is required and not set: randsac, pcae or mae"
+        return ("method", "name"), f"method.name: is required and not set: one of {', '.join(METHOD_CONFIGS)}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return location, f"{key} = {error['input']!r}: {message.replace('input should', 'should')}"
 

@@ -111,6 +111,10 @@ class MAEConfig(Section):
     decoder_heads: Positive = 16
 
 
+# A method's settings by its name: one line here and one in the union of ``Config.method``.
+METHOD_CONFIGS: dict[str, type[Section]] = {"randsac": RandSACConfig, "pcae": PCAEConfig, "mae": MAEConfig}
+
+
 class ModelConfig(Section):
     """The encoder. ``patch_size`` overrides the preset's; ``drop_path`` is the last block's rate, linear from 0."""
 
