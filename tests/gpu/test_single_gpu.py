@@ -8,7 +8,15 @@ from pipeline.engine.torch import TorchEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-METHODS = ("randsac", "pcae", "mae")
+VARIANTS = [
+    ("randsac", {}),
+    ("randsac", {"method__segments": "blob", "method__token_keep": 0.6, "method__predict_first": True}),
+    ("randsac", {"method__skip": "none", "method__decoder_self_attention": False, "method__prefix": True}),
+    ("pcae", {}),
+    ("pcae", {"method__selection": "random", "method__drop_case": 1}),
+    ("mae", {}),
+]
+variants = pytest.mark.parametrize(("method", "options"), VARIANTS, ids=str)
 
 
 def steps(engine: TorchEngine, num_steps: int = 5) -> list[float]:
@@ -21,23 +29,23 @@ def steps(engine: TorchEngine, num_steps: int = 5) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_fp32_on_the_device_agrees_with_the_cpu(method, tiny_config):
-    cfg = tiny_config(method, model__drop_path=0.1)
+@variants
+def test_fp32_on_the_device_agrees_with_the_cpu(method, options, tiny_config):
+    cfg = tiny_config(method, model__drop_path=0.1, **options)
     cpu, gpu = (steps(TorchEngine(cfg, torch.device(device))) for device in ("cpu", "cuda"))
     assert gpu == pytest.approx(cpu, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_bf16_agrees_with_fp32_within_a_percent(method, tiny_config):
-    exact = steps(TorchEngine(tiny_config(method), torch.device("cuda")))
-    coarse = steps(TorchEngine(tiny_config(method, engine__precision="bf16"), torch.device("cuda")))
+@variants
+def test_bf16_agrees_with_fp32_within_a_percent(method, options, tiny_config):
+    exact = steps(TorchEngine(tiny_config(method, **options), torch.device("cuda")))
+    coarse = steps(TorchEngine(tiny_config(method, engine__precision="bf16", **options), torch.device("cuda")))
     assert coarse == pytest.approx(exact, rel=1e-2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_never_waits_for_the_device(method, tiny_config):
-    engine = TorchEngine(tiny_config(method), torch.device("cuda"))
+@variants
+def test_a_step_never_waits_for_the_device(method, options, tiny_config):
+    engine = TorchEngine(tiny_config(method, **options), torch.device("cuda"))
     steps(engine)
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
     draw = engine.method.draw(torch.arange(8)).to("cuda")

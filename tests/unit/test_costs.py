@@ -92,13 +92,13 @@ def test_flops_follow_every_setting(
     ],
     ids=str,
 )
-def test_randsac_table(big: Callable[..., Config], model: str, options: dict[str, object], gflop: float) -> None:
+def test_property_22_randsac_costs_what_the_table_says(big: Callable[..., Config], model: str, options: dict[str, object], gflop: float) -> None:
     assert flops_per_image(big("randsac", model, **options)).forward / GIGA == pytest.approx(gflop, rel=0.02)
 
 
 @pytest.mark.parametrize(("model", "width", "heads", "gflop"), [("vit_t", 192, 3, 0.98), ("vit_s", 384, 6, 3.8),
                                                                  ("vit_b", 512, 16, 12.5)])  # fmt: skip
-def test_randsac_table_at_32_pixels(
+def test_property_22_randsac_costs_at_32_pixels(
     big: Callable[..., Config], model: str, width: int, heads: int, gflop: float
 ) -> None:
     cfg = big("randsac", model, data__image_size=32, model__patch_size=4, method__segment_size=2,
