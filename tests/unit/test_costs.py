@@ -92,7 +92,9 @@ def test_flops_follow_every_setting(
     ],
     ids=str,
 )
-def test_property_22_randsac_costs_what_the_table_says(big: Callable[..., Config], model: str, options: dict[str, object], gflop: float) -> None:
+def test_property_22_randsac_costs_what_the_table_says(
+    big: Callable[..., Config], model: str, options: dict[str, object], gflop: float
+) -> None:
     assert flops_per_image(big("randsac", model, **options)).forward / GIGA == pytest.approx(gflop, rel=0.02)
 
 
