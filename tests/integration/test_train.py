@@ -63,6 +63,17 @@ def test_the_micro_batch_changes_nothing_but_rounding(finished, tmp_path):
     assert losses(tmp_path / "micro") == pytest.approx(losses(finished), rel=1e-5)
 
 
+def test_the_micro_batch_changes_nothing_where_images_share_their_segments(tmp_path):
+    """Blobs of the whole global batch, ragged, with dropped tokens: also what the log says of each rank."""
+    switches = ("method.segments=blob", "method.share_segments=true", "method.token_keep=0.6", "train.epochs=1",
+                "optim.warmup_epochs=null", "optim.warmup_steps=1")  # fmt: skip
+    for name, micro in (("whole", 16), ("micro", 4)):
+        assert run_it(tmp_path / name, *switches, f"train.micro_batch={micro}", method="randsac") == 0
+    assert losses(tmp_path / "micro") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    lines = [line for line in read_log(tmp_path / "whole" / "log.jsonl") if line["kind"] == "train"]
+    assert all({"loss_rank_01", "loss_rank_10"} <= line.keys() for line in lines)
+
+
 def test_another_configuration_is_refused_with_the_difference_and_a_free_setting_is_not(copy):
     with pytest.raises(UserError, match=r"optim\.base_lr: 0\.008 -> 0\.1; train\.seed: 0 -> 3"):
         run_it(copy, "optim.base_lr=0.1", "train.seed=3")
