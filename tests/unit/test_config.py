@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from test_rules import parse
 
 from pipeline import config
 from pipeline.config import Config, ConfigError, UserError, binding_differences, find_config, flatten, load_config
@@ -469,7 +470,7 @@ def test_every_setting_is_read_somewhere() -> None:
             if path.name == "config.py":  # it checks values; that is not using them
                 continue
             visitor = Reads()
-            visitor.visit(ast.parse(path.read_text()))
+            visitor.visit(parse(path.read_text()))
             read |= visitor.found
     meant = {(section, field) for section, field, _ in sections() if allowed(section, field) > 1}
     assert {f"{section}.{field}" for section, field in meant - read} == set()
