@@ -221,7 +221,7 @@ class RandSAC(Method):
         painted = blank if self.method.predict_first else given
         painted = painted.scatter(1, index, restored.where(prediction.weight[..., None] > 0, painted.gather(1, index)))
         order = draw.ranks.where(draw.ranks >= 0, torch.nan).cpu().view(-1, self.grid, self.grid).numpy()
-        columns = [("image", list(rows_to_image(rows))), ("order of generation", list(order))]
+        columns = [("image", list(rows_to_image(rows))), ("generation, dark first", list(order))]
         if not self.method.predict_first:
             columns.append(("given", list(rows_to_image(given))))
         return panels([*columns, ("predicted", list(rows_to_image(painted)))])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_costs import counted
 
 from pipeline.config import CONFIG_DIR, find_config, load_config
 from pipeline.estimate import flops_per_image
@@ -37,8 +38,10 @@ def test_a_header_says_what_it_is_on_what_and_the_command(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_builds(name: str) -> None:
+def test_a_recipe_builds_and_costs_what_torch_counts(name: str) -> None:
     cfg = load_config([name], BASE)
+    estimate, (forward, step) = flops_per_image(cfg), counted(cfg)
+    assert estimate.forward == pytest.approx(forward, rel=1e-3) and estimate.step == pytest.approx(step, rel=1e-3)
     parameters = sum(p.numel() for p in build_method(cfg, "meta").encoder.parameters())
     published = {"vit_b": 86e6, "vit_l": 304e6, "vit_h": 632e6, "vit_s": 21.5e6}
     if cfg.model.name in published:
@@ -54,6 +57,7 @@ def test_every_row_of_the_papers_tables_is_there() -> None:
 def test_a_row_of_the_papers_tables_is_valid(row: str) -> None:
     overrides = re.findall(r"\S+=\S+", row)
     cfg = load_config(["cifar10/randsac_vit_s"], [*BASE, "method.skip=none", *overrides])
+    assert flops_per_image(cfg).step == pytest.approx(counted(cfg)[1], rel=1e-3)
     squares = re.search(r"T\d square (\d+)(?:->(\d+))?", row)
     method, grid = cfg.method, cfg.grid
     if "T6" in row and squares:
