@@ -7,7 +7,7 @@ from typing import Any
 import plain
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from segment_paths import N, by_token, leak, loop_path, plain_predict, trained_without_gradient
 from test_costs import counted
@@ -65,8 +65,18 @@ def random_settings(draw: st.DrawFn) -> dict[str, Any]:
 SOME = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+DEFAULTS = {"order": "random", "shuffled": False, "prefix": False, "predict_first": False, "token_keep": 1.0, "skip": "last",
+            "query_token": True, "normalise_target": True, "decoder_self_attention": True, "decoder_depth": 1}  # fmt: skip
+
+
 @SOME
 @given(random_settings(), st.integers(0, 10**6))
+@example({**DEFAULTS, "segments": "square", "segment_size": 4, "token_keep": 0.3, "decoder_depth": 2}, 0)
+@example({**DEFAULTS, "segments": "square", "segment_size": 4, "token_keep": 0.6, "predict_first": True}, 1)
+@example({**DEFAULTS, "segments": "blob", "num_segments": 5, "token_keep": 0.3, "predict_first": True}, 2)
+@example(
+    {**DEFAULTS, "segments": "blob", "num_segments": 7, "prefix": True, "skip": "none", "order": "hierarchical"}, 3
+)
 def test_any_configuration_has_all_properties(
     tiny_config: Callable[..., Config], build: Build, images: Tensor, options: dict[str, Any], key: int
 ) -> None:
