@@ -189,9 +189,15 @@ def _check_segments(cfg: Config, method: RandSACConfig) -> Iterable[str]:
             yield "method.order = raster: blobs have no raster order; use random or hierarchical, or method.segments=square"
         if method.num_segments > grid**2:
             yield f"method.num_segments = {method.num_segments}: should be at most {grid**2}, the patches of an image"
-        if not 0 < method.blob_std[0] <= method.blob_std[1]:
-            yield f"method.blob_std = {list(method.blob_std)}: should be two shares of the grid, 0 < low <= high"
+        if not 0.01 <= method.blob_std[0] <= method.blob_std[1] <= 10:
+            yield f"method.blob_std = {list(method.blob_std)}: should be two shares of the grid, 0.01 <= low <= high <= 10"
+        if method.order == "hierarchical" and method.num_partitions > method.num_segments:
+            yield (f"method.num_partitions = {method.num_partitions}: should be at most method.num_segments "
+                   f"({method.num_segments})")  # fmt: skip
         return
+    for key in ("num_segments", "num_partitions", "blob_std"):
+        if getattr(method, key) != RandSACConfig.model_fields[key].default:
+            yield f"method.{key} = {getattr(method, key)}: is for blobs; set method.segments=blob or leave it out"
     if method.share_segments:
         yield "method.share_segments = True: is for method.segments=blob; squares are the same in all images"
     if grid % size:

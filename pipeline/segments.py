@@ -41,10 +41,9 @@ def stream(keys: Tensor, tag: str, counter: Tensor | int = 0) -> Tensor:
     return _absorb(tagged, torch.as_tensor(counter, dtype=torch.int64))
 
 
-def permutation(keys: Tensor, tag: str, size: int, first_counter: int = 0) -> Tensor:
+def permutation(keys: Tensor, tag: str, size: int) -> Tensor:
     """A permutation of 0..size-1 for each key: int64 [B, size], the stable argsort of hashed integers."""
-    counters = torch.arange(first_counter, first_counter + size)
-    return stream(keys[:, None], tag, counters).sort(dim=1, stable=True).indices
+    return stream(keys[:, None], tag, torch.arange(size)).sort(dim=1, stable=True).indices
 
 
 def split_tokens(keys: Tensor, num_tokens: int, num_visible: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +148,7 @@ def segment_ranks(
         part_place = permutation(keys, "segment", int(partition.max()) + 1).argsort(dim=1)
         place = part_place.gather(1, partition) * num_segments + place
     present = torch.zeros(len(keys), num_segments, dtype=torch.bool).scatter_(1, segments, True)
-    last = num_segments * (num_segments + 1)  # ids without a token stand behind all others
+    last = int(place.max()) + 1  # ids without a token stand behind all others
     return place.where(present, last).argsort(dim=1, stable=True).argsort(dim=1).gather(1, segments)
 
 

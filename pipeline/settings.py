@@ -48,8 +48,9 @@ class RandSACConfig(Section):
     ``order`` of the segments: raster, random, or hierarchical: one partition after another, of ``partition_size``
     squares a side or of ``num_partitions`` groups of blobs. ``prefix`` makes a random number of first segments one.
     ``predict_first``: the first segment is predicted too, from a null token. ``token_keep``: the share of each segment's
-    tokens that is kept; the others are neither encoded nor predicted. ``skip``: first value of the decoder's weights over
-    encoder layers, or none for the last layer only. ``query_token`` adds a learned token to the queries' positions.
+    tokens that is kept, rounded down, one at least; the others are neither encoded nor predicted. ``skip``: first value
+    of the decoder's weights over encoder layers, or none for the last layer only. ``query_token`` adds a learned token to
+    the queries' positions.
     """
 
     name: Literal["randsac"]

@@ -140,7 +140,7 @@ class Method(nn.Module, ABC):
         return loss, {"loss": loss.detach(), **self.monitor(prediction, losses.detach(), draw)}
 
     def monitor(self, prediction: Prediction, losses: Tensor, draw: Any) -> dict[str, Tensor]:
-        """Further scalars for the log; ``losses`` [B, T] are the tokens'."""
+        """Further scalars for the log; ``losses`` [B, T] are the tokens'. The log has their mean over micro-batches."""
         return {}
 
     def layers(self) -> list[nn.Module]:

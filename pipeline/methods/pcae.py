@@ -1,7 +1,7 @@
 """PCAE: progressively compressed auto-encoder (ICLR 2023, OpenReview 8T4qmZbTkW7).
 
 The student encodes the visible patches. The teacher, an average of the student's encoder, encodes the masked ones
-and drops, three times, the half of its tokens that is most like all others; the student's decoder predicts the
+and drops in stages (by default three times the half) the tokens that are most like all others; the student's decoder predicts the
 teacher's features at the positions that are left. No pixel is predicted.
 """
 

@@ -21,7 +21,7 @@ from pipeline.estimate import flops_per_image
 from pipeline.methods import build_method
 from pipeline.methods.common import Prediction, RankDraw
 from pipeline.methods.randsac import RandSAC
-from pipeline.vit import VisionTransformer, encoder_kwargs, normalise, patchify, pixel_rows
+from pipeline.vit import VisionTransformer, embed, encoder_kwargs, normalise, patchify, pixel_rows
 
 Build = Callable[..., RandSAC]
 
@@ -57,7 +57,8 @@ def random_settings(draw: st.DrawFn) -> dict[str, Any]:
     if square:
         found["segment_size"] = draw(st.sampled_from([1, 2, 4]))
     else:
-        found |= {"num_segments": draw(st.integers(2, 9)), "num_partitions": draw(st.integers(1, 4)),
+        number = draw(st.integers(2, 9))
+        found |= {"num_segments": number, "num_partitions": draw(st.integers(1, number)),
                   "share_segments": draw(st.booleans())}  # fmt: skip
     return found
 
@@ -262,24 +263,37 @@ def test_queries_without_a_token_are_positions_alone(build: Build) -> None:
 # 17, 18: blobs
 
 
-def test_property_17_blobs_are_the_nearest_gaussians() -> None:
-    """Against a plain loop over tokens and Gaussians."""
-    keys, number, std = torch.arange(100, 130), 6, (0.1, 0.3)
-    found = segments.blob_segments(keys, 8, number, std)
-    draws = segments.uniform(keys[:, None, None], "blob", torch.arange(24).view(4, 6))
-    for image in range(len(keys)):
-        labels = []
-        for token in range(N):
-            y, x = token // 8 + 0.5, token % 8 + 0.5
-            distances = []
-            for k in range(number):
-                my, mx, sy, sx = (float(draws[image, part, k]) for part in range(4))
-                sy, sx = (8 * (0.1 + 0.2 * s) for s in (sy, sx))
-                distances.append(((y - 8 * my) / sy) ** 2 + ((x - 8 * mx) / sx) ** 2)
-            labels.append(distances.index(min(distances)))
-        if len(set(labels)) > 1:
-            consecutive = sorted(set(labels))
-            assert found[image].tolist() == [consecutive.index(label) for label in labels]
+def nearest_by_hand(draws: Tensor, low: float, high: float) -> list[int]:
+    """The Gaussian nearest to each token, by a loop over tokens and Gaussians; draws [4, K]."""
+    labels = []
+    for token in range(N):
+        y, x = token // 8 + 0.5, token % 8 + 0.5
+        distances = []
+        for my, mx, sy, sx in draws.T.tolist():
+            deviations = [8 * (low + (high - low) * s) for s in (sy, sx)]
+            distances.append(((y - 8 * my) / deviations[0]) ** 2 + ((x - 8 * mx) / deviations[1]) ** 2)
+        labels.append(distances.index(min(distances)))
+    return labels
+
+
+@pytest.mark.parametrize(("number", "std"), [(2, (0.05, 0.5)), (6, (0.1, 0.3))])
+def test_property_17_blobs_are_the_nearest_gaussians(number: int, std: tuple[float, float]) -> None:
+    """Also of images whose first Gaussians leave one segment: the next draws are taken, and their own."""
+    keys = torch.arange(3000)
+    counters = torch.arange(4 * number).view(4, number)
+    first = segments.nearest_gaussian(
+        segments.uniform(keys[:, None, None], "blob", counters), segments.token_centres(8), 8, std
+    )
+    alone = (first == first[:, :1]).all(dim=1)
+    chosen = torch.cat([keys[alone][:15], keys[:25]])
+    assert number == 6 or alone.sum() >= 15
+    found = segments.blob_segments(chosen, 8, number, std)
+    for image, key in enumerate(chosen):
+        for attempt in range(20):
+            labels = nearest_by_hand(segments.uniform(key, "blob", counters + 4 * number * attempt), *std)
+            if len(set(labels)) > 1:
+                break
+        assert found[image].tolist() == [sorted(set(labels)).index(label) for label in labels]
 
 
 def test_property_17_blobs_have_consecutive_ids_and_two_segments_at_least() -> None:
@@ -323,7 +337,8 @@ def neighbours(labels: Tensor) -> float:
 @pytest.mark.parametrize("kind", ["blob", "square"])
 def test_the_shuffled_control_keeps_sizes_and_loses_coherence(build: Build, kind: str) -> None:
     keys = torch.arange(200)
-    coherent, shuffled = (build(segments=kind, num_segments=5, order="random", shuffled=on) for on in (False, True))
+    number = {"num_segments": 5} if kind == "blob" else {}
+    coherent, shuffled = (build(segments=kind, order="random", shuffled=on, **number) for on in (False, True))
     a, b = coherent.draw(keys).ranks, shuffled.draw(keys).ranks
     sizes = [torch.zeros(200, 16, dtype=torch.int64).scatter_add_(1, r, torch.ones_like(r)) for r in (a, b)]
     assert torch.equal(*sizes)
@@ -331,6 +346,23 @@ def test_the_shuffled_control_keeps_sizes_and_loses_coherence(build: Build, kind
     chance = float((sizes[0].double().square().sum(1) - N).mean()) / (N * (N - 1))
     assert neighbours(b) == pytest.approx(chance, abs=0.02)
     assert len({tuple(row) for row in b.tolist()}) == 200
+    dealt = segments.shuffled_segments(keys, segments.square_segments(8, 2).expand(200, -1))
+    assert len({tuple(row) for row in dealt.tolist()}) == 200  # dealt anew for each image, whatever the order
+
+
+def test_every_choice_has_random_numbers_of_its_own(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tag for two choices would tie them together."""
+    method = build(segments="blob", num_segments=9, shuffled=True, prefix=True, token_keep=0.5)
+    drawn: list[str] = []
+    right = segments.stream
+
+    def stream(keys: Tensor, tag: str, counter: Tensor | int = 0) -> Tensor:
+        drawn.append(tag)
+        return right(keys, tag, counter)
+
+    monkeypatch.setattr(segments, "stream", stream)
+    method.draw(torch.arange(3))
+    assert sorted(drawn) == ["blob", "order", "partition", "prefix", "segment", "shuffle", "token_drop"]
 
 
 def test_property_18_blob_partitions_are_nearest_to_centroids_and_visited_one_after_another() -> None:
@@ -488,6 +520,9 @@ def test_property_24_control_a_large_negative_constant_leaks(build: Build, image
         ({"segments": "blob", "order": "raster"}, "blobs have no raster order"),
         ({"segments": "blob", "blob_std": [0.3, 0.1]}, "method.blob_std"),
         ({"segments": "blob", "blob_std": [0, 0.1]}, "method.blob_std"),
+        ({"segments": "blob", "blob_std": [0.1, ".inf"]}, "method.blob_std"),
+        ({"segments": "blob", "num_segments": 3, "num_partitions": 4}, "method.num_partitions"),
+        ({"num_segments": 7}, "is for blobs"),
         ({"share_segments": True}, "method.share_segments"),
         ({"token_keep": 0}, "method.token_keep"),
         ({"segment_size": 2, "partition_size": 3}, "method.order=random"),
@@ -504,6 +539,51 @@ def test_settings_that_make_no_sense_are_refused(
 
 def test_partitions_are_not_asked_for_without_hierarchy(tiny_config: Callable[..., Config]) -> None:
     tiny_config("randsac", method__order="random", method__partition_size=3)
+
+
+@pytest.mark.parametrize("partitions", [1, 5, 11])
+def test_partitions_without_segments_leave_no_gap(partitions: int) -> None:
+    keys = torch.arange(2000)
+    found = segments.blob_segments(keys, 8, 11, (0.15, 0.25))
+    parts = segments.blob_partition(keys, found, 8, 11, partitions, (0.15, 0.25))
+    ranks = segments.segment_ranks(keys, found, 11, partition=parts)
+    assert torch.equal(ranks.amax(dim=1), found.amax(dim=1))
+    RankDraw(None, ranks)  # consecutive in every image
+
+
+def test_a_draw_is_made_by_the_settings(build: Build) -> None:
+    """Each segmentation and order against the functions it is made of."""
+    keys, std = torch.arange(50), (0.1, 0.4)
+    squares = segments.square_segments(8, 2).expand(50, -1)
+    partition = segments.square_segments(4, 2).expand(50, -1)
+    ranks = segments.segment_ranks(keys, squares, 16)
+    assert torch.equal(build(order="random").draw(keys).ranks, ranks)
+    hierarchical = segments.segment_ranks(keys, squares, 16, partition=partition)
+    assert torch.equal(build().draw(keys).ranks, hierarchical) and not torch.equal(ranks, hierarchical)
+    assert torch.equal(build(order="raster").draw(keys).ranks, squares)
+    blobs = segments.blob_segments(keys, 8, 6, std)
+    parts = segments.blob_partition(keys, blobs, 8, 6, 3, std)
+    settings = {"segments": "blob", "num_segments": 6, "num_partitions": 3, "blob_std": list(std)}
+    for order, groups in (("random", None), ("hierarchical", parts)):
+        expected = segments.segment_ranks(keys, blobs, 6, partition=groups)
+        assert torch.equal(build(**settings, order=order).draw(keys).ranks, expected)
+
+
+def test_each_block_has_its_own_stochastic_depth(build: Build, images: Tensor) -> None:
+    method = build(skip="none")
+    for block in method.encoder.blocks:
+        block.drop_rate = 0.0  # what is kept is not scaled
+    draw = method.draw(torch.arange(4))
+    keep = torch.ones(4, 2, 4, dtype=torch.bool)
+    keep[2] = False  # the third block does nothing
+    layout = method.layout(draw)
+    patches = segments.gather_tokens(patchify(normalise(images), 4), layout.source_ids)
+    with torch.no_grad():
+        found = method.encode(patches, layout.source_ids, layout.source_mask, keep)[-1]
+        x = embed(method.encoder, patches, layout.source_ids)
+        for index in (0, 1, 3):
+            x = method.encoder.blocks[index](x, attn_mask=layout.source_mask)
+    torch.testing.assert_close(found, method.encoder.norm(x).detach(), atol=1e-6, rtol=1e-6)
 
 
 # logs and figure
@@ -525,6 +605,18 @@ def test_loss_by_rank_in_the_logs(build: Build, images: Tensor, options: dict[st
     assert len(expected) == bins and set(logs) == {"loss", *expected}
     for name, value in expected.items():
         torch.testing.assert_close(logs[name], value)
+
+
+def test_loss_by_rank_leaves_out_what_has_no_weight(build: Build, images: Tensor) -> None:
+    method = build(segments="blob", num_segments=3, order="random")
+    draw = method.draw(torch.arange(4))
+    with torch.no_grad():
+        _, logs = method(images, draw)
+        found = method.predict(images, draw)
+        losses = (found.pred - found.target).square().mean(dim=-1)
+    ranks = draw.ranks.gather(1, found.token_ids)
+    torch.testing.assert_close(logs["loss_rank_01"], losses[ranks == 1].mean())
+    torch.testing.assert_close(logs["loss_rank_02"], losses[ranks == 2].mean())
 
 
 def test_a_rank_that_no_image_has_is_logged_as_nan(build: Build, images: Tensor) -> None:
