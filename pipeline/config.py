@@ -15,7 +15,16 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.costs import num_visible, teacher_schedule
-from pipeline.settings import EXPONENT, METHOD_CONFIGS, Config, OptimConfig, PCAEConfig, RandSACConfig, Section
+from pipeline.settings import (
+    EXPONENT,
+    METHOD_CONFIGS,
+    Config,
+    MAEConfig,
+    OptimConfig,
+    PCAEConfig,
+    RandSACConfig,
+    Section,
+)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -169,6 +178,7 @@ def _check_method(cfg: Config) -> Iterable[str]:
         yield f"method.decoder_width = {method.decoder_width}: should be a multiple of 4 for the 2-D positions"
     if isinstance(method, RandSACConfig):
         yield from _check_segments(cfg, method)
+    if not isinstance(method, PCAEConfig | MAEConfig):
         return
     visible = num_visible(grid**2, method.mask_ratio)
     if not 0 < visible < grid**2:

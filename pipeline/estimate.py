@@ -1,8 +1,10 @@
 """What a configuration costs, before anything runs. No torch."""
 
+from typing import assert_never
+
 from pipeline.config import Config
 from pipeline.costs import Flops, mae_flops, padded_tokens, pcae_flops, randsac_flops, segment_quota
-from pipeline.settings import PCAEConfig, RandSACConfig
+from pipeline.settings import MAEConfig, PCAEConfig, RandSACConfig
 
 
 def _randsac_tokens(method: RandSACConfig, grid: int) -> tuple[int, int]:
@@ -28,4 +30,6 @@ def flops_per_image(cfg: Config) -> Flops:
         return pcae_flops(
             cfg.shape, tokens, method.mask_ratio, method.stages, method.keep_ratio, *decoder, method.drop_case
         )
-    return mae_flops(cfg.shape, tokens, method.mask_ratio, *decoder)
+    if isinstance(method, MAEConfig):
+        return mae_flops(cfg.shape, tokens, method.mask_ratio, *decoder)
+    assert_never(method)
