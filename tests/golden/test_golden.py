@@ -32,6 +32,7 @@ SETTINGS = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(HERE.parents[1]),  # this checkout, whichever is installed
 }
 TEST_SIZE = {
     "run.dir": "runs/golden", "model.name": "vit_p", "data.loader": "synthetic", "engine.precision": "fp32",
