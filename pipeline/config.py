@@ -238,6 +238,9 @@ def _check(cfg: Config) -> Iterable[str]:
         lower = data.image_size // cfg.shape.patch_size * cfg.shape.patch_size
         yield (f"data.image_size = {data.image_size}: should be a multiple of the patch size {cfg.shape.patch_size}, "
                f"such as {lower or cfg.shape.patch_size}")  # fmt: skip
+    elif cfg.grid == 1:
+        yield (f"model.patch_size = {cfg.shape.patch_size}: makes one patch of the whole image; it should divide "
+               f"data.image_size ({data.image_size}) twice or more")  # fmt: skip
     else:
         yield from _check_method(cfg)
     if data.loader != "synthetic" and data.train is None:

@@ -167,12 +167,15 @@ class Trainer:
         """One optimizer step on one global batch: the learning rate and the step's device scalars."""
         cfg, plan = self.cfg, self.plan
         num_micro = cfg.train.global_batch // cfg.micro_batch
-        scalars: dict[str, Tensor] = {}
+        parts: dict[str, list[Tensor]] = {}
         for index in range(num_micro):
             part = slice(index * cfg.micro_batch, (index + 1) * cfg.micro_batch)
             draw = self.engine.method.draw(batch.keys[part], batch.keys[:1])
             logs = self.engine.micro_step(batch.images[part], draw, num_micro, index == num_micro - 1)
-            scalars = {name: scalars.get(name, 0) + value / num_micro for name, value in logs.items()}
+            for name, value in logs.items():
+                parts.setdefault(name, []).append(value)
+        # A monitor's NaN says that one micro-batch had nothing to show; the loss's would be a fault, and stays.
+        scalars = {n: torch.stack(v).mean() if n == "loss" else torch.stack(v).nanmean() for n, v in parts.items()}
         lr = lr_at(self.step, plan.total_steps, plan.warmup_steps, cfg.lr)
         report = self.engine.step(lr, cfg.optim.clip, momentum_at(self.step, plan.total_steps, *cfg.momentum))
         return lr, {**scalars, "grad_norm": report.grad_norm, "skipped": report.skipped}

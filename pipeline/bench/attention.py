@@ -11,16 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.bench.interleaved import (
-    TOLERANCE,
-    Contestant,
-    Figures,
-    Progress,
-    check_rounds,
-    interleave,
-    one_thread,
-    refuse_restless,
-)
+from pipeline.bench.interleaved import Contestant, Figures, Progress, measure
 from pipeline.config import Config, load_config
 from pipeline.methods import build_method
 from pipeline.segments import block_masks, rank_mask
@@ -111,8 +102,4 @@ def run(*, batch: int = 4, rounds: int = 8, progress: Progress | None = None) ->
 
     Raises UserError when the machine is too restless to tell.
     """
-    check_rounds(rounds)
-    with one_thread():
-        figures = interleave(_contestants(config(), batch), rounds, progress)
-    refuse_restless(figures, TOLERANCE)
-    return compare(figures)
+    return compare(measure(lambda: _contestants(config(), batch), rounds, progress))

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.scan import Manifest, load_manifest
 from data_prep.verify import check_seal
-from pipeline.bench.interleaved import TOLERANCE, Contestant, check_rounds, interleave, one_thread, refuse_restless
+from pipeline.bench.interleaved import Contestant, measure
 from pipeline.config import UserError
 from pipeline.crops import crop_boxes
 from pipeline.data import open_loader, to_planes
@@ -102,21 +102,21 @@ def run(beton: Path, manifest: Path, *, image_size: int = 224, rounds: int = 8) 
 
     Raises UserError when they are not the same image set, or when the machine is too restless to tell.
     """
-    check_rounds(rounds)
     book = load_manifest(manifest)
     if check_seal(beton).image_set != book.image_set:
         raise UserError(
             f"{beton} and {manifest}: hold different images; give the manifest that the beton was written from"
         )
-    with one_thread():
-        contestants = {
+
+    def contestants() -> dict[str, Contestant]:
+        return {
             "patchmill ffcv": _patchmill("ffcv", beton, image_size),
             "ffcv stock": _stock(beton, image_size),
             "patchmill folder": _patchmill("folder", manifest, image_size),
             "pillow, uint8": _pillow(book, image_size, False),
             "pillow, normalised float32": _pillow(book, image_size, True),
         }
-        figures = interleave(contestants, rounds)
-    refuse_restless(figures, TOLERANCE)
+
+    figures = measure(contestants, rounds)
     best = figures["patchmill ffcv"][0]
     return [Row(name, seconds, ratio, seconds / best) for name, (seconds, ratio) in figures.items()]

@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """Torch and OpenCV on one thread inside, as they were afterwards."""
     import cv2
     import torch
@@ -36,8 +36,7 @@ def one_thread() -> Iterator[None]:
         cv2.setNumThreads(threads[1])
 
 
-def check_rounds(rounds: int) -> None:
-    """Raises UserError for too few."""
+def _check_rounds(rounds: int) -> None:
     if rounds < MIN_ROUNDS:
         raise UserError(
             f"rounds = {rounds}: should be at least {MIN_ROUNDS}, fewer do not tell a difference from noise"
@@ -64,10 +63,21 @@ def interleave(contestants: Mapping[str, Contestant], rounds: int, progress: Pro
     return {name: (median(a + b), median(b) / median(a)) for name, (a, b) in spent.items()}
 
 
-def refuse_restless(figures: Figures, tolerance: float) -> None:
-    """Raises UserError when any A/A ratio is more than ``tolerance`` off 1."""
-    restless = {name: ratio for name, (_, ratio) in figures.items() if abs(ratio - 1) > tolerance}
+def _refuse_restless(figures: Figures) -> None:
+    restless = {name: ratio for name, (_, ratio) in figures.items() if abs(ratio - 1) > TOLERANCE}
     if restless:
         found = ", ".join(f"{name} {ratio:.3f}" for name, ratio in restless.items())
-        raise UserError(f"the machine is too restless for a figure: A/A of {found}, should be within {tolerance:.0%} "
+        raise UserError(f"the machine is too restless for a figure: A/A of {found}, should be within {TOLERANCE:.0%} "
                         "of 1; run it again when nothing else runs")  # fmt: skip
+
+
+def measure(build: Callable[[], Mapping[str, Contestant]], rounds: int, progress: Progress | None = None) -> Figures:
+    """``interleave`` what ``build`` makes, on one thread.
+
+    Raises UserError for fewer than 8 rounds, and when any A/A ratio is more than 3 % off 1.
+    """
+    _check_rounds(rounds)
+    with _one_thread():
+        figures = interleave(build(), rounds, progress)
+    _refuse_restless(figures)
+    return figures

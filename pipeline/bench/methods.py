@@ -14,16 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.bench.interleaved import (
-    TOLERANCE,
-    Contestant,
-    Figures,
-    Progress,
-    check_rounds,
-    interleave,
-    one_thread,
-    refuse_restless,
-)
+from pipeline.bench.interleaved import Contestant, Figures, Progress, measure
 from pipeline.bench.peer import load_peer
 from pipeline.config import Config, load_config
 from pipeline.estimate import flops_per_image
@@ -140,10 +131,7 @@ def run(
     ``peer`` is a checkout of facebookresearch/mae. Raises UserError when it is not, when its loss is not ours, for an
     encoder that does not fit the recipes, or when the machine is too restless to tell.
     """
-    check_rounds(rounds)
     cfgs = configs(model)
-    with one_thread():
-        figures = interleave(_contestants(cfgs, batch, peer), rounds, progress)
-    refuse_restless(figures, TOLERANCE)
+    figures = measure(lambda: _contestants(cfgs, batch, peer), rounds, progress)
     flops = {name: flops_per_image(cfg).step for name, cfg in cfgs.items()}
     return compare(figures, flops | {PEER: flops["mae"], SGEMM: 2.0 * SGEMM_SIDE**3})

@@ -44,12 +44,17 @@ class RankDraw(Draw):
     def __post_init__(self) -> None:
         """Raises ValueError for ranks that cannot be trained on (see ``segment_sizes``); on the CPU, where draws are made."""
         if self.ranks.device.type == "cpu":
-            _ = self.sizes
+            _ = self.sizes, self.shared
 
     @cached_property
     def sizes(self) -> tuple[int, ...] | None:
         """Tokens of each rank, None where images differ. Computed before the draw moves to a device: no step waits for it."""
         return segment_sizes(self.ranks)
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether all images have the same ranks; computed as ``sizes`` is."""
+        return bool((self.ranks == self.ranks[:1]).all())
 
 
 @dataclass(frozen=True)

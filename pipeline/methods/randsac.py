@@ -171,7 +171,8 @@ class RandSAC(Method):
         first = self.method.predict_first
         if draw.sizes is not None and not self.method.ragged:
             return sorted_layout(draw.ranks, draw.sizes, predict_first=first)
-        return padded_layout(draw.ranks, self.num_padded, predict_first=first, shared=self.method.share_segments)
+        shared = self.method.share_segments and draw.shared
+        return padded_layout(draw.ranks, self.num_padded, predict_first=first, shared=shared)
 
     def encode(self, patches: Tensor, source_ids: Tensor, mask: Tensor, keep: Tensor | None) -> list[Tensor]:
         """The output of every block, L x [B, n_s, D], for patches [B, n_s, C, p, p] under ``mask``; normed without skips."""
@@ -195,13 +196,14 @@ class RandSAC(Method):
     def monitor(self, prediction: Prediction, losses: Tensor, draw: RankDraw) -> dict[str, Tensor]:
         """Mean loss of the tokens of each rank, in at most 15 bins of equal width; the name says a bin's first rank.
 
-        NaN where this batch has no such token (blobs have fewer segments at times).
+        A predicted first segment, which sees nothing, has a bin of its own. NaN where this batch has no such token
+        (blobs have fewer segments at times).
         """
-        first = 0 if self.method.predict_first else 1
-        width = -(-(self.num_segments - first) // RANK_BINS)
-        bins = range(first, self.num_segments, width)
-        ranks = draw.ranks.gather(1, prediction.token_ids) - first
-        index = (ranks // width).clamp(0, len(bins) - 1)
+        width = -(-(self.num_segments - 1) // RANK_BINS)
+        first = [0] if self.method.predict_first else []
+        bins = [*first, *range(1, self.num_segments, width)]
+        ranks = draw.ranks.gather(1, prediction.token_ids)
+        index = ((ranks - 1) // width + len(first)).clamp(0, len(bins) - 1)
         total, count = losses.new_zeros(2, len(bins)).unbind(0)
         total.index_add_(0, index.flatten(), (losses * prediction.weight).flatten())
         count.index_add_(0, index.flatten(), prediction.weight.flatten())

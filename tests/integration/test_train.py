@@ -1,6 +1,7 @@
 """The trainer against bad input and a bad world: one clear line, nothing lost."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -72,6 +73,14 @@ def test_the_micro_batch_changes_nothing_where_images_share_their_segments(tmp_p
     assert losses(tmp_path / "micro") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     lines = [line for line in read_log(tmp_path / "whole" / "log.jsonl") if line["kind"] == "train"]
     assert all({"loss_rank_01", "loss_rank_10"} <= line.keys() for line in lines)
+
+
+def test_a_rank_that_one_micro_batch_lacks_does_not_hide_the_others(tmp_path):
+    switches = ("method.segments=blob", "method.num_segments=16", "train.steps=2", "train.epochs=null",
+                "optim.warmup_epochs=null", "optim.warmup_steps=1")  # fmt: skip
+    assert run_it(tmp_path, *switches, "train.micro_batch=1", method="randsac") == 0
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if line["kind"] == "train"]
+    assert [math.isfinite(line["loss_rank_15"]) for line in lines] == [True, True]
 
 
 def test_another_configuration_is_refused_with_the_difference_and_a_free_setting_is_not(copy):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from typer.testing import CliRunner
 
-from pipeline.bench import attention
+from pipeline.bench import attention, interleaved
 from pipeline.cli import app
 from pipeline.config import UserError
 
@@ -18,7 +18,7 @@ NAMES = [f"{part}, {mask}" for part in attention.PARTS for mask in attention.MAS
 def tiny(monkeypatch, tiny_config):
     cfg = tiny_config("randsac")  # 64 tokens, 4 blocks
     monkeypatch.setattr(attention, "config", lambda: cfg)
-    monkeypatch.setattr(attention, "TOLERANCE", float("inf"))
+    monkeypatch.setattr(interleaved, "TOLERANCE", float("inf"))
     return cfg
 
 
@@ -77,8 +77,8 @@ def test_ratios_are_to_the_same_part_without_a_mask():
 def test_a_restless_machine_and_fewer_than_eight_rounds_get_no_figure(tiny, monkeypatch):
     with pytest.raises(UserError, match="rounds = 7"):
         attention.run(rounds=7)
-    monkeypatch.setattr(attention, "TOLERANCE", 0.03)
-    monkeypatch.setattr(attention, "interleave", lambda contestants, *_: {name: (1.0, 1.04) for name in contestants})
+    monkeypatch.setattr(interleaved, "TOLERANCE", 0.03)
+    monkeypatch.setattr(interleaved, "interleave", lambda contestants, *_: {name: (1.0, 1.04) for name in contestants})
     with pytest.raises(UserError, match=r"restless.*encoder, shared mask 1\.040"):
         attention.run(batch=1)
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_prep.scan import scan
 from data_prep.write import write
-from pipeline.bench import data
+from pipeline.bench import data, interleaved
 from pipeline.config import UserError
 
 
@@ -26,7 +26,7 @@ def image_set(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.slow  # compiles FFCV's stock pipeline
 def test_every_contestant_has_a_figure(image_set, monkeypatch):
-    monkeypatch.setattr(data, "TOLERANCE", float("inf"))
+    monkeypatch.setattr(interleaved, "TOLERANCE", float("inf"))
     rows = data.run(*image_set, image_size=32)
     assert len(rows) == 5 and all(row.cpu_s_per_image > 0 for row in rows)
     ours = rows[0]
@@ -35,7 +35,7 @@ def test_every_contestant_has_a_figure(image_set, monkeypatch):
 
 
 def test_a_restless_machine_gets_no_figure(image_set, monkeypatch):
-    monkeypatch.setattr(data, "interleave", lambda contestants, rounds: {name: (1.0, 1.05) for name in contestants})
+    monkeypatch.setattr(interleaved, "interleave", lambda contestants, *_: {name: (1.0, 1.05) for name in contestants})
     with pytest.raises(UserError, match=r"restless.*ffcv stock 1\.050"):
         data.run(*image_set, image_size=32)
 
@@ -54,6 +54,6 @@ def test_fewer_than_eight_rounds_and_other_images_are_refused(image_set, tmp_pat
 def test_rounds_are_interleaved_and_the_first_is_not_counted():
     calls: list[tuple[str, int]] = []
     contestants = {name: lambda number, name=name: calls.append((name, number)) or 10 for name in ("a", "b")}
-    figures = data.interleave(contestants, 2)
+    figures = interleaved.interleave(contestants, 2)
     assert calls == [(name, number) for number in range(3) for name in ("a", "b", "a", "b")]
     assert set(figures) == {"a", "b"}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from pipeline.bench import methods, peer
+from pipeline.bench import interleaved, methods, peer
 from pipeline.cli import app
 from pipeline.config import UserError
 from pipeline.estimate import flops_per_image
@@ -82,7 +82,7 @@ def tiny(monkeypatch, tiny_config):
     cfgs = {name: tiny_config(name) for name in methods.METHODS}
     monkeypatch.setattr(methods, "configs", lambda model: cfgs)
     monkeypatch.setattr(methods, "SGEMM_SIDE", 64)
-    monkeypatch.setattr(methods, "TOLERANCE", float("inf"))
+    monkeypatch.setattr(interleaved, "TOLERANCE", float("inf"))
     return cfgs
 
 
@@ -156,8 +156,8 @@ def test_a_step_is_forward_and_backward_of_a_batch_and_leaves_no_gradient():
 
 
 def test_a_restless_machine_gets_no_figure(tiny, monkeypatch):
-    monkeypatch.setattr(methods, "TOLERANCE", 0.03)
-    monkeypatch.setattr(methods, "interleave", lambda contestants, *_: {name: (1.0, 0.96) for name in contestants})
+    monkeypatch.setattr(interleaved, "TOLERANCE", 0.03)
+    monkeypatch.setattr(interleaved, "interleave", lambda contestants, *_: {name: (1.0, 0.96) for name in contestants})
     with pytest.raises(UserError, match=r"restless.*pcae 0\.960"):
         methods.run(batch=1)
 

@@ -1,8 +1,8 @@
 """What figures, logs, costs and defaults promise of every method."""
 
 from collections.abc import Callable
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from segment_paths import N
@@ -12,17 +12,30 @@ from torch import Tensor
 from pipeline import segments
 from pipeline.config import Config
 from pipeline.estimate import flops_per_image
-from pipeline.methods import build_method, pcae, randsac
+from pipeline.methods import METHODS, build_method, pcae, randsac
 from pipeline.methods.common import rows_to_image
-from pipeline.settings import PCAEConfig, RandSACConfig
+from pipeline.settings import METHOD_CONFIGS, PCAEConfig, RandSACConfig
 from pipeline.vit import normalise, patchify, pixel_rows
+
+Shown = dict[str, list[np.ndarray]]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """The columns, by title, of the last figure that was drawn."""
+    columns: Shown = {}
+    for module in (pcae, randsac):
+        monkeypatch.setattr(module, "panels", columns.update)
+    return columns
+
+
+def test_every_method_with_settings_has_a_class() -> None:
+    assert METHODS.keys() == METHOD_CONFIGS.keys()
 
 
 def test_the_figure_shows_the_first_segment_as_given(
-    tiny_config: Callable[..., Config], images: Tensor, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Callable[..., Config], images: Tensor, shown: Shown
 ) -> None:
-    shown: dict[str, Any] = {}
-    monkeypatch.setattr(randsac, "panels", lambda columns: shown.update(columns))
     method = build_method(tiny_config("randsac"))
     draw = method.draw(torch.arange(4))
     method.figure(images, draw)
@@ -41,10 +54,8 @@ def test_raw_targets_of_mae_are_the_pixels(tiny_config: Callable[..., Config], i
 
 
 def test_the_figure_of_pcae_shows_the_choice_among_masked_and_among_all(
-    tiny_config: Callable[..., Config], images: Tensor, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Callable[..., Config], images: Tensor, shown: Shown
 ) -> None:
-    shown: dict[str, Any] = {}
-    monkeypatch.setattr(pcae, "panels", lambda columns: shown.update(columns))
     method = build_method(tiny_config("pcae"))
     draw = method.draw(torch.arange(4))
     method.figure(images, draw)

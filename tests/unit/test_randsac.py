@@ -356,10 +356,13 @@ def test_property_13_skips_start_as_the_plain_decoder(fresh: RandSAC, images: Te
         assert torch.equal(fresh.predict(images, draw).pred, vanilla)
 
 
-def test_property_13_every_skip_weight_has_a_gradient(fresh: RandSAC, images: Tensor) -> None:
-    fresh.zero_grad()
-    fresh(images, fresh.draw(torch.arange(4)))[0].backward()
-    assert fresh.decoder.skip.grad.ne(0).all()
+def test_property_13_every_skip_weight_has_a_gradient(fresh: RandSAC, method: RandSAC, images: Tensor) -> None:
+    for one in (fresh, method):
+        one.zero_grad()
+        one(images, one.draw(torch.arange(4)))[0].backward()
+    # At first each memory is the last layer alone, and its norm takes no notice of how long it is.
+    assert fresh.decoder.skip.grad[:, :-1].abs().min() > 1e-5
+    assert method.decoder.skip.grad.abs().min() > 1e-5
     assert not takes_decay("decoder.skip", fresh.decoder.skip)
 
 
