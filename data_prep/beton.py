@@ -12,12 +12,17 @@ The record types are FFCV's (``ffcv/types.py``, ``ffcv/fields``), written down a
 seconds, and the check at the start of a training run shall not; a test holds the two equal.
 """
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.config import UserError
 
 VERSION: Final = 2
 JPG: Final = 0
@@ -45,6 +50,7 @@ SEAL: Final = ".seal.json"  # what stands beside a beton: its name with this beh
 CRC: Final = ".crc"
 PARTIAL: Final = ".partial"
 JOURNAL: Final = ".journal"
+LOCK: Final = ".lock"
 
 Array = npt.NDArray[np.void]
 
@@ -106,3 +112,21 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path)
+
+
+@contextmanager
+def locked(path: Path, verb: str) -> Iterator[None]:
+    """Hold the lock of what ``prep VERB`` makes. A POSIX lock: workers do not inherit it, and it goes with this process."""
+    lock = beside(path, LOCK)
+    with open(lock, "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = lock.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            held = False
+        if not held:
+            raise UserError(f"{path}: another `patchmill prep {verb}` is working on it")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

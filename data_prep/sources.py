@@ -1,45 +1,180 @@
-"""Where images come from: a source lists its entries in a stable order and hands out their bytes."""
+"""Where images come from: a source lists its candidates once, in a stable order, and hands out their bytes.
 
+Nothing is unpacked to the disk: archives and shards are read where they lie. ``data_prep.kinds`` tells them apart.
+"""
+
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import ClassVar, Final, Protocol
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, Final, Protocol, overload
 
 from data_prep.images import ImageError
 from pipeline.config import UserError
 
 MAX_FILE_BYTES: Final = 2**30
+SPLITS: Final = ("train", "val", "validation", "test")
+
+Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+class Names(Sequence[str]):
+    """An append-only list of texts end to end in one buffer: a million file names take 40 MB instead of 90."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._bytes, self._ends = bytearray(), array("q", [0])
+
+    def append(self, name: str) -> None:
+        """Add one; file names that are not UTF-8 come back as they were."""
+        self._bytes += os.fsencode(name)
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """As of a list."""
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return os.fsdecode(bytes(self._bytes[self._ends[place] : self._ends[place + 1]]))
+
+    def digest(self) -> bytes:
+        """sha256 over all of it."""
+        return hashlib.sha256(self._ends.tobytes() + self._bytes).digest()
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """A candidate: its name in the source (a relative path with /) and its label, an index into the classes."""
+    """A candidate: its name in the source (a relative path with /) and its label, an index into the classes.
+
+    ``position`` says where its bytes are: their offset in an archive, ``unit << 32 | row`` in a shard whose units (row
+    groups) are read as a whole, 0 for a file of its own. ``size`` in bytes, -1 where it is known only after reading.
+    """
 
     path: str
     label: int
+    position: int = 0
+    size: int = -1
+
+
+class Entries(Sequence[Entry]):
+    """Entries by columns: as objects those of ImageNet would take 300 MB, and again in every forked worker."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self.paths = Names()
+        self.labels, self.positions, self.sizes = array("q"), array("q"), array("q")
+
+    def append(self, entry: Entry) -> None:
+        """Add one."""
+        self.paths.append(entry.path)
+        self.labels.append(entry.label)
+        self.positions.append(entry.position)
+        self.sizes.append(entry.size)
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        """As of a list."""
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        return Entry(self.paths[index], self.labels[index], self.positions[index], self.sizes[index])
+
+    def digest(self) -> str:
+        """sha256 over all of it, hex: equal for equal entries in equal order."""
+        columns = (column.tobytes() for column in (self.labels, self.positions, self.sizes))
+        return hashlib.sha256(self.paths.digest() + b"".join(columns)).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What a source holds: class names (a label is an index into them), entries, and (path, reason) of what is no entry."""
+
+    classes: tuple[str, ...]
+    entries: Entries
+    strays: list[tuple[str, str]]
 
 
 class Source(Protocol):
-    """What `scan` and `write` need to know of a source. ``root`` is absolute; ``kind`` stands in the manifest."""
+    """What `scan`, `write` and the folder loader need of a source. ``root`` is absolute and leads back to it.
+
+    ``kind`` and ``root`` stand in the manifest. ``counted_in`` is the unit of the index's progress. ``any_order``: an entry is
+    read at no cost but its own, so that training may read it directly.
+    """
 
     kind: ClassVar[str]
+    counted_in: ClassVar[str]
+    any_order: ClassVar[bool]
     root: Path
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The class names; a label is an index into them."""
+    def index(self, classes: tuple[str, ...] | None = None, progress: Progress | None = None) -> Index:
+        """Everything in it. ``classes``: the class index to use instead of the source's own.
 
-    def entries(self) -> list[Entry]:
-        """Every candidate, in the order of the samples."""
+        Raises UserError for a source that is damaged, holds no candidate, or names a class that is not in ``classes``.
+        """
 
-    def strays(self) -> list[str]:
-        """Names of what lies in the source and belongs to no class."""
+    def read(self, path: str, position: int, size: int) -> bytes:
+        """The bytes of an image file. Safe in threads and after a fork. Raises ImageError when they cannot be read."""
 
-    def read(self, path: str) -> bytes:
-        """The bytes of an entry. Raises ImageError when it cannot be read."""
+
+def class_index(found: Sequence[str], given: tuple[str, ...] | None, root: Path) -> tuple[str, ...]:
+    """The class names in the order of their labels: ``given``, else the sorted ``found``.
+
+    Raises UserError when a class was found that is not among the given ones, and when splits were taken for classes.
+    """
+    if len(found) > 1 and set(found) <= set(SPLITS):
+        raise UserError(
+            f"{root}: holds {', '.join(sorted(found))} and not a folder a class; name one of them: {root / min(found)}"
+        )
+    if given is None:
+        return tuple(sorted(found))
+    unknown = sorted(set(found) - set(given))
+    if unknown:
+        raise UserError(f"{root}: the class {unknown[0]!r} ({len(unknown)} such) is not in the class index of {len(given)} "
+                        "classes that was given")  # fmt: skip
+    return given
+
+
+def number_classes(
+    highest: int, own: Sequence[str] | None, given: tuple[str, ...] | None, root: Path
+) -> tuple[str, ...]:
+    """The class names of a source whose labels are numbers: ``given``, else its ``own``, else the numbers themselves.
+
+    Raises UserError when the ``highest`` label lies outside.
+    """
+    names = given or tuple(own or map(str, range(highest + 1)))
+    if highest >= len(names):
+        raise UserError(f"{root}: holds the label {highest} and the class index has {len(names)} classes")
+    return names
+
+
+def safe_name(name: str, archive: Path) -> str:
+    """A member's name without a leading ``./``. Raises UserError when it leads out of the archive."""
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or "\0" in name:
+        raise UserError(f"{archive}: holds the name {name!r}, which leads out of the archive; nothing of it is used")
+    return "/".join(parts)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of a relative path has a leading dot (``._x.JPEG`` of a Mac's archives, ``.DS_Store``)."""
+    return any(part.startswith(".") for part in path.split("/"))
 
 
 class ImageFolder:
@@ -52,20 +187,14 @@ class ImageFolder:
     """
 
     kind: ClassVar[str] = "folder"
+    counted_in: ClassVar[str] = "class"
+    any_order: ClassVar[bool] = True
 
     def __init__(self, path: Path) -> None:
         """Raises UserError when ``path`` is not a folder."""
         if not path.is_dir():
             raise UserError(f"{path}: {'is not a folder' if path.exists() else 'there is no such folder'}")
         self.root = path.resolve()
-
-    @cached_property
-    def classes(self) -> tuple[str, ...]:
-        """The sorted names of the class folders. Raises UserError when there is none."""
-        names = sorted(item.name for item in os.scandir(self.root) if item.is_dir() and item.name[0] != ".")
-        if not names:
-            raise UserError(f"{self.root}: holds no sub-folder; images lie in a folder a class, as CLASS/IMAGE.jpg")
-        return tuple(names)
 
     def _below(self, name: str) -> Iterator[str]:
         for folder, folders, files in os.walk(self.root / name):
@@ -75,18 +204,24 @@ class ImageFolder:
                 if item[0] != ".":
                     yield Path(folder, item).relative_to(self.root).as_posix()
 
-    def entries(self) -> list[Entry]:
-        """Every candidate, class by class. Raises UserError when there is none."""
-        found = [Entry(path, label) for label, name in enumerate(self.classes) for path in sorted(self._below(name))]
+    def index(self, classes: tuple[str, ...] | None = None, progress: Progress | None = None) -> Index:
+        """As in ``Source``; strays are the files beside the class folders."""
+        items = [item for item in os.scandir(self.root) if item.name[0] != "."]
+        found = [item.name for item in items if item.is_dir()]
         if not found:
-            raise UserError(f"{self.root}: its {len(self.classes)} class folders hold no file")
-        return found
+            raise UserError(f"{self.root}: holds no sub-folder; images lie in a folder a class, as CLASS/IMAGE.jpg")
+        names, entries = class_index(found, classes, self.root), Entries()
+        for label, name in enumerate(names):
+            for path in sorted(self._below(name)):
+                entries.append(Entry(path, label))
+            if progress is not None:
+                progress(label + 1, len(names))
+        if not entries:
+            raise UserError(f"{self.root}: its {len(names)} class folders hold no file")
+        strays = sorted(item.name for item in items if not item.is_dir())
+        return Index(names, entries, [(name, "outside the class folders") for name in strays])
 
-    def strays(self) -> list[str]:
-        """The files beside the class folders, sorted."""
-        return sorted(item.name for item in os.scandir(self.root) if not item.is_dir() and item.name[0] != ".")
-
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, position: int = 0, size: int = -1) -> bytes:
         """The bytes of the file ``path`` (relative to the root). Raises ImageError when it cannot be read."""
         try:
             # Opened without waiting, so that a named pipe among the images is refused instead of holding everything up.

@@ -21,11 +21,31 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PR_SET_PDEATHSIG: Final = 1
-AHEAD: Final = 8  # results that may wait for their turn, per worker
+AHEAD: Final = 3  # results that may wait for their turn, per worker
+MAX_CHUNK: Final = 128  # entries: a row group of Hugging Face's image sets has 100
+MAX_CHUNK_BYTES: Final = 2**23
 
 
 class WorkerError(UserError):
     """A worker process was killed."""
+
+
+def chunks(positions: Sequence[int], first: int, workers: int, sizes: Sequence[int] | None = None) -> list[range]:
+    """Entries ``first`` to the last in runs, one a job: short enough to spread, and for memory (``sizes`` in bytes).
+
+    What is read as a whole (``sources.Entry.position``) is not divided unless it is longer than a run may be.
+    """
+    count = len(positions)
+    longest = min(MAX_CHUNK, max(1, (count - first) // (16 * max(1, workers))))
+    runs, start, num_bytes, before = [], first, 0, 0
+    for number in range(first, count):
+        position, size = int(positions[number]), int(sizes[number]) if sizes is not None else 0
+        elsewhere = position >> 32 != before >> 32 or position < before
+        if number > start and (number - start == longest or num_bytes + size > MAX_CHUNK_BYTES or elsewhere):
+            runs.append(range(start, number))
+            start, num_bytes = number, 0
+        num_bytes, before = num_bytes + size, position
+    return [*runs, range(start, count)] if start < count else runs
 
 
 def _die_with(parent: int) -> None:

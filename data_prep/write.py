@@ -9,13 +9,12 @@ stand in the journal and in the seal.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,25 +33,28 @@ from data_prep.beton import (
     RAW,
     ROW,
     SEAL,
+    align,
     beside,
     head_size,
+    locked,
     page_size_for,
     sync_folder,
     write_atomically,
 )
 from data_prep.images import ImageError, Pixels, decode
 from data_prep.journal import Encoded, PartialBeton, difference
-from data_prep.scan import Manifest, Progress, load_manifest
-from data_prep.sources import ImageFolder, Source
+from data_prep.kinds import reopen
+from data_prep.manifest import Manifest, load_manifest
+from data_prep.sources import Progress, Source
 from data_prep.verify import check_seal, decodes, import_ffcv, load_seal, seal_text
-from data_prep.workers import ordered_map
+from data_prep.workers import chunks, ordered_map
 from pipeline.config import UserError
 from pipeline.keys import hash_integers
 
 Mode = Literal["jpg", "raw", "smart", "proportion"]
 
-JPEG_BYTES_PER_PIXEL: Final = 0.5  # a photograph at quality 90; only for refusing a disk that is too small
-LOCK: Final = ".lock"
+JPEG_BYTES_PER_PIXEL: Final = 0.5  # a photograph at quality 90, until some have been encoded
+NUM_PROBED: Final = 16  # samples that are encoded to see what the work will take
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,14 @@ class WriteReport:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is known before an image is read: stored sizes in pixels and kinds, [N]; page size; expected bytes."""
+    """What is known before an image is read: stored sizes in pixels and kinds, [N]; page size; expected bytes, [N]."""
 
     widths: npt.NDArray[np.int64]
     heights: npt.NDArray[np.int64]
     as_jpeg: npt.NDArray[np.bool_]
     keepable: npt.NDArray[np.bool_]
     page_size: int
-    num_bytes: int
+    num_bytes: npt.NDArray[np.int64]
 
 
 def _options(
@@ -144,20 +146,24 @@ def _plan(manifest: Manifest, options: dict[str, Any]) -> _Plan:
         raise UserError(f"{manifest.path}: sample {bound.argmax()} ({manifest.paths[int(bound.argmax())]}) may take "
                         f"{bound.max()} bytes, more than a page can hold; set max_side")  # fmt: skip
     encoded = np.where(as_jpeg, raw_bytes * (JPEG_BYTES_PER_PIXEL / 3), raw_bytes)
-    expected = int(np.where(keepable, manifest.num_bytes, encoded).sum()) + head_size(len(bound))
-    return _Plan(widths, heights, as_jpeg, keepable, page_size, expected)
+    return _Plan(
+        widths, heights, as_jpeg, keepable, page_size, np.where(keepable, manifest.num_bytes, encoded).astype(np.int64)
+    )
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Makes a sample's stored form; called in the workers."""
+    """Makes the stored form of a run of samples; called in the workers."""
 
     manifest: Manifest
     source: Source
     plan: _Plan
     quality: int
 
-    def __call__(self, sample: int) -> Encoded:
+    def __call__(self, samples: Iterable[int]) -> list[Encoded]:
+        return [self._one(int(sample)) for sample in samples]
+
+    def _one(self, sample: int) -> Encoded:
         data = self._read(sample)
         width, height = int(self.plan.widths[sample]), int(self.plan.heights[sample])
         kept = bool(self.plan.keepable[sample]) and decodes(data, width, height)
@@ -172,7 +178,7 @@ class _Encoder:
     def _read(self, sample: int) -> bytes:
         path = self.manifest.paths[sample]
         try:
-            data = self.source.read(path)
+            data = self.source.read(path, int(self.manifest.positions[sample]), int(self.manifest.num_bytes[sample]))
             if hashlib.sha256(data).digest() != self.manifest.source_sha256[sample].tobytes():
                 raise ImageError("has changed since it was scanned")
         except ImageError as error:
@@ -198,24 +204,6 @@ def _versions() -> dict[str, str | None]:
     return {**{name: version(name) for name in packages}, "libjpeg_turbo": features.version_feature("libjpeg_turbo")}
 
 
-@contextmanager
-def _locked(beton: Path) -> Iterator[None]:
-    """Hold the beton's lock. A POSIX lock: workers do not inherit it, so it goes with this process, however it ends."""
-    path = beside(beton, LOCK)
-    with open(path, "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = path.stat().st_ino == os.fstat(file.fileno()).st_ino
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            held = False
-        if not held:
-            raise UserError(f"{beton}: another `patchmill prep write` is working on it")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
 def _complete(beton: Path, what: dict[str, Any]) -> bool:
     """Whether the beton stands there whole. Raises UserError when something else stands there."""
     if not beton.exists():
@@ -231,38 +219,85 @@ def _complete(beton: Path, what: dict[str, Any]) -> bool:
     return True
 
 
-def _check_disk(beton: Path, plan: _Plan) -> None:
+@dataclass(frozen=True)
+class _Forecast:
+    """What a probe says of the work: seconds to encode a sample on one core, bytes of all samples, size of the file."""
+
+    seconds: float
+    num_bytes: int
+    file_size: int
+
+    def announce(self, todo: int, workers: int) -> str:
+        cores = min(max(1, workers), len(os.sched_getaffinity(0)))
+        minutes = todo * self.seconds / cores / 60
+        return (f"{todo} images to write, about {max(minutes, 0.1):.1f} min on {cores} cores; "
+                f"the file will have about {self.file_size / 2**20:,.0f} MiB")  # fmt: skip
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """OpenCV without threads: the workers are the parallelism, and a forked thread pool would hang."""
+    import cv2
+
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _probe(encode: _Encoder) -> _Forecast:
+    """Encode a few samples from all over the set."""
+    plan = encode.plan
+    spread = np.unique(np.linspace(0, encode.manifest.num_samples - 1, NUM_PROBED).astype(int))
+    started = time.perf_counter()
+    stored = np.array([len(sample.data) for sample in encode(spread)])
+    seconds = (time.perf_counter() - started) / len(spread)
+    kept = plan.keepable
+    # Only what is encoded again is a guess; how far off it is, these samples say.
+    again = ~kept[spread]
+    ratio = stored[again].sum() / max(1, plan.num_bytes[spread][again].sum())
+    num_bytes = int(plan.num_bytes[kept].sum() + plan.num_bytes[~kept].sum() * ratio)
+    # Samples begin on a page border, and half a sample is lost at the end of each page.
+    lost = num_bytes / len(kept) / 2 / plan.page_size
+    return _Forecast(seconds, num_bytes, align(head_size(len(kept)), plan.page_size) + int(num_bytes * (1 + lost)))
+
+
+def _check_disk(beton: Path, num_bytes: int) -> None:
     partial = beside(beton, PARTIAL)
     there = partial.stat().st_blocks * 512 if partial.exists() else 0
     free = shutil.disk_usage(beton.parent).free + there
-    if free < plan.num_bytes:
-        need, have = f"{plan.num_bytes / 2**30:.2f}", f"{free / 2**30:.2f}"
+    if free < num_bytes:
+        need, have = f"{num_bytes / 2**30:.2f}", f"{free / 2**30:.2f}"
         raise UserError(f"{beton}: needs about {need} GiB and {beton.parent} has {have} GiB free; "
                         "make room, choose another disk, or set max_side")  # fmt: skip
 
 
 def _fill(partial: PartialBeton, encode: _Encoder, workers: int, progress: Progress | None) -> None:
-    import cv2
-
-    count, threads = encode.manifest.num_samples, cv2.getNumThreads()
-    cv2.setNumThreads(0)  # the workers are the parallelism, and a forked thread pool would hang
-    try:
-        with closing(ordered_map(encode, range(partial.num_done, count), workers)) as samples:
-            for sample in samples:
+    count = encode.manifest.num_samples
+    todo = chunks(encode.manifest.positions.tolist(), partial.num_done, workers, encode.plan.num_bytes.tolist())
+    with closing(ordered_map(encode, todo, workers)) as runs:
+        for run in runs:
+            for sample in run:
                 partial.add(sample)
                 if progress is not None:
                     progress(partial.num_done, count)
-    finally:
-        cv2.setNumThreads(threads)
 
 
-def _write(beton: Path, what: dict[str, Any], encode: _Encoder, workers: int, progress: Progress | None) -> int:
+def _write(beton: Path, what: dict[str, Any], encode: _Encoder, workers: int, progress: Progress | None,
+           announce: Callable[[str], None] | None) -> int:  # fmt: skip
     """Encode, lay out, seal and rename; returns how many samples were there already."""
     plan, count = encode.plan, encode.manifest.num_samples
-    with PartialBeton(beton, what, count, plan.page_size) as partial:
-        resumed = partial.num_done
-        _fill(partial, encode, workers, progress)
-        done = partial.finish()
+    with _one_thread_each():
+        forecast = _probe(encode)
+        _check_disk(beton, forecast.num_bytes + head_size(count))
+        with PartialBeton(beton, what, count, plan.page_size) as partial:
+            resumed = partial.num_done
+            if announce is not None:
+                announce(forecast.announce(count - resumed, workers))
+            _fill(partial, encode, workers, progress)
+            done = partial.finish()
     facts = {**what, "size": done.size, "sha256": done.sha256, "num_kept": done.num_kept}
     # The seal goes first: a crash after it leaves the partial file and its journal, and the next run ends the work.
     write_atomically(beside(beton, CRC), done.crcs)
@@ -284,12 +319,14 @@ def write(
     seed: int = 0,
     workers: int = 1,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> WriteReport:
     """Write the images of ``manifest`` into the sealed file ``beton``, or go on where an earlier run was stopped.
 
     ``max_side``: shrink to this longer side in pixels (area); ``workers=0`` encodes in this process; ``progress`` gets
-    (samples done, samples). Raises UserError for a changed or missing source file, a beton or a begun one of other
-    content, a disk that is or becomes too small (a rerun goes on), a second writer, a worker that died.
+    (samples done, samples), ``announce`` a line on size and time before the work. Raises UserError for a changed or
+    missing source file, a beton or a begun one of other content, a disk that is or becomes too small (a rerun goes on), a
+    second writer, a worker that died.
     """
     started = time.monotonic()
     options = _options(mode, max_side, quality, smart_threshold, proportion, seed)
@@ -305,12 +342,12 @@ def write(
     }
     resumed = 0
     try:
-        with _locked(beton):
+        with locked(beton, "write"):
             complete = _complete(beton, what)
             if not complete:
-                _check_disk(beton, plan)
                 import_ffcv()
-                resumed = _write(beton, what, _Encoder(book, ImageFolder(book.root), plan, quality), workers, progress)
+                encode = _Encoder(book, reopen(book.source_kind, book.root), plan, quality)
+                resumed = _write(beton, what, encode, workers, progress, announce)
             beside(beton, JOURNAL).unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_write(beton, error) from error

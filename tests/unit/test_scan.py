@@ -3,18 +3,24 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import encoded, of_every_kind, pixels, plain_set, put
+from image_files import StopError, encoded, of_every_kind, pixels, plain_set, put, stop_after
+from matplotlib.figure import Figure
 from PIL import Image
 
+from data_prep.beton import LOCK, beside
 from data_prep.images import decode
-from data_prep.scan import load_manifest, quarantine_path, scan
+from data_prep.manifest import load_manifest
+from data_prep.scan import duplicates_path, quarantine_path, scan
 from data_prep.sources import ImageFolder
+from data_prep.statistics import describe, draw, find_duplicates
 from data_prep.workers import WorkerError, ordered_map
 from pipeline.config import UserError
 
@@ -106,7 +112,7 @@ def test_order_and_labels_follow_the_sorted_names_and_an_empty_class_keeps_its_l
     (tmp_path / "images" / "c").mkdir()
     report = scan(tmp_path / "images", tmp_path / "m.jsonl", workers=0)
     manifest = load_manifest(tmp_path / "m.jsonl")
-    assert manifest.paths == ["a/x/1.png", "a/y.png", "b/10.png", "b/2.png", "z/0.png"]
+    assert list(manifest.paths) == ["a/x/1.png", "a/y.png", "b/10.png", "b/2.png", "z/0.png"]
     assert manifest.classes == ("a", "b", "c", "z")
     assert manifest.labels.tolist() == [0, 0, 1, 1, 3]
     assert report.empty_classes == ("c",)
@@ -161,10 +167,10 @@ def test_the_manifest_is_the_same_for_any_number_of_workers(kinds, tmp_path):
             workers=workers,
             progress=lambda done, total, seen=seen: seen.append((done, total)),
         )
-        assert seen == [(i, 15) for i in range(1, 16)]
+        assert seen == [(i, 15) for i in range(16)]
         outcomes.add(((tmp_path / "m.jsonl").read_bytes(), (tmp_path / "m.quarantine.jsonl").read_bytes()))
     assert len(outcomes) == 1
-    assert sorted(os.listdir(tmp_path)) == ["images", "m.jsonl", "m.quarantine.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["images", "m.duplicates.jsonl", "m.jsonl", "m.quarantine.jsonl"]
 
 
 def test_a_manifest_beside_the_class_folders_is_no_stray(tmp_path):
@@ -188,7 +194,7 @@ def test_image_set_is_pixels_labels_and_class_names_whatever_the_files_are(tmp_p
     ("make", "words"),
     [
         (lambda root: None, "there is no such folder"),
-        (lambda root: put(root, b""), "is not a folder"),
+        (lambda root: put(root, b""), "is neither a folder, a tar"),
         (lambda root: root.mkdir(), "holds no sub-folder"),
         (lambda root: (root / "a").mkdir(parents=True), "hold no file"),
         (
@@ -227,15 +233,15 @@ def edited(manifest, line, **change):
 @pytest.mark.parametrize(
     ("line", "change", "words"),
     [
-        (0, {"version": 2}, "version 2"),
+        (0, {"version": 3}, "version 3"),
         (0, {"kind": "other"}, "is not a manifest"),
         (0, {"num_samples": 6}, "names 6 samples and holds 7"),
         (0, {"classes": ["x", "y", "z"]}, "changed after the scan"),
         (3, {"label": 2}, "changed after the scan"),
         (3, {"pixel_sha256": "0" * 64}, "changed after the scan"),
-        (3, {"pixel_sha256": "zz"}, "is damaged"),
-        (3, {"source_sha256": "00"}, "is damaged"),
-        (3, {"width": "wide"}, "is damaged"),
+        (3, {"pixel_sha256": "zz"}, "line 4 is cut short or damaged"),
+        (3, {"source_sha256": "00"}, "line 4 is cut short or damaged"),
+        (3, {"width": "wide"}, "line 4 is cut short or damaged"),
         (3, {"path": "../../etc/passwd"}, "leads out of the source"),
         (3, {"path": "/etc/passwd"}, "leads out of the source"),
     ],
@@ -262,19 +268,29 @@ def test_a_missing_manifest_is_refused(tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_a_killed_worker_is_a_clear_error_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_killed_worker_is_a_clear_error_and_the_next_scan_goes_on(tmp_path, monkeypatch):
     root = plain_set(tmp_path / "images", 20)
-    read = ImageFolder.read
+    scan(root, tmp_path / "whole.jsonl", workers=0)
+    read, seen = ImageFolder.read, []
 
-    def deadly(self, path):
+    def deadly(self, path, *place):
         if path.endswith("0013.jpg"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, path)
+        return read(self, path, *place)
+
+    def listed(self, path, *place):
+        seen.append(path)
+        return read(self, path, *place)
 
     monkeypatch.setattr(ImageFolder, "read", deadly)
     with pytest.raises(WorkerError, match="was killed by signal 9"):
         scan(root, tmp_path / "m.jsonl", workers=3)
-    assert os.listdir(tmp_path) == ["images"]
+    assert sorted(os.listdir(tmp_path)) == ["images", "m.jsonl.partial", "whole.jsonl", "whole.quarantine.jsonl"]
+    monkeypatch.setattr(ImageFolder, "read", listed)
+    report = scan(root, tmp_path / "m.jsonl", workers=0)
+    assert 0 < report.num_resumed == 20 - len(seen)
+    assert (tmp_path / "m.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / "m.jsonl.partial").exists()
 
 
 @pytest.mark.timeout(60)
@@ -325,3 +341,126 @@ def test_workers_have_ended_when_the_iterator_is_closed():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_duplicates_are_kept_and_listed(tmp_path):
+    same, other = encoded(pixels(1), "PNG"), encoded(pixels(2), "JPEG")
+    images = {
+        "a/1.png": same,
+        "a/2.png": encoded(pixels(3), "PNG"),
+        "b/1.bmp": encoded(pixels(1), "BMP"),
+        "b/2.png": same,
+    }
+    for path, data in {**images, "b/3.jpg": other}.items():
+        put(tmp_path / "train" / path, data)
+    report = scan(tmp_path / "train", tmp_path / "train.jsonl", workers=0)
+    assert report.num_samples == 5 and report.duplicates.groups == [[0, 2, 3]]
+    assert (report.duplicates.num_surplus, report.duplicates.num_conflicts) == (2, 2)
+    assert "2 images have the pixels of another (2 with another label), 0 are in the other" in str(report)
+    listed = [json.loads(line) for line in duplicates_path(tmp_path / "train.jsonl").read_text().splitlines()]
+    assert listed == [{"paths": ["a/1.png", "b/1.bmp", "b/2.png"], "labels": [0, 1, 1]}]
+    put(tmp_path / "val" / "a" / "x.jpg", other)
+    put(tmp_path / "val" / "b" / "y.jpg", encoded(pixels(4), "JPEG"))
+    scan(tmp_path / "val", tmp_path / "val.jsonl", workers=0, against=tmp_path / "train.jsonl")
+    listed = [json.loads(line) for line in duplicates_path(tmp_path / "val.jsonl").read_text().splitlines()]
+    assert listed == [{"path": "a/x.jpg", "also": "b/3.jpg", "in": str(tmp_path / "train.jsonl")}]
+    scan(tmp_path / "val", tmp_path / "val.jsonl", workers=0)
+    assert not duplicates_path(tmp_path / "val.jsonl").exists()
+
+
+def test_duplicates_against_a_slow_search():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        keys = [bytes([k]) * 31 + b"\0" for k in rng.integers(0, 12, rng.integers(1, 15))]
+        others = [bytes([k]) * 31 + b"\0" for k in rng.integers(0, 12, rng.integers(0, 5))]
+        labels = rng.integers(0, 3, len(keys))
+        found = find_duplicates(b"".join(keys), labels, b"".join(others))
+        groups = [[k for k, key in enumerate(keys) if key == one] for one in dict.fromkeys(keys)]
+        assert found.groups == [group for group in groups if len(group) > 1]
+        assert found.num_conflicts == sum(labels[k] != labels[group[0]] for group in groups for k in group)
+        assert found.elsewhere == [(keys.index(one), others.index(one)) for one in dict.fromkeys(keys) if one in others]
+
+
+def test_statistics_are_those_of_the_images(kinds, tmp_path):
+    scan(kinds, tmp_path / "m.jsonl", workers=0)
+    book = load_manifest(tmp_path / "m.jsonl")
+    text = describe(book)
+    row = next(line for line in text.splitlines() if line.startswith("longer side")).split()[3:]
+    longer = np.maximum(book.widths, book.heights)
+    assert row == [f"{x:,.0f}" for x in (longer.min(), np.median(longer), longer.mean(), longer.max())]
+    assert "JPEG 7" in text and "PNG 5" in text and "CMYK 1" in text and "turned by EXIF: 2; progressive: 1" in text
+    assert draw(book) == tmp_path / "m.statistics.png"
+    with Image.open(tmp_path / "m.statistics.png") as picture:
+        assert picture.size == (1080, 720)
+    put(kinds / "m.statistics.png", b"")
+    assert load_manifest(tmp_path / "m.jsonl").num_samples == scan(kinds, kinds / "m.jsonl", workers=0).num_samples
+
+
+def test_the_figure_says_what_its_axes_are(kinds, tmp_path, monkeypatch):
+    scan(kinds, tmp_path / "m.jsonl", workers=0)
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: drawn.append(self))
+    draw(load_manifest(tmp_path / "m.jsonl"))
+    axes = drawn[0].axes
+    assert [a.get_xlabel() for a in axes] == ["longer side, pixels", "width / height", "file, KiB", "images a class"]
+    assert [a.get_ylabel() for a in axes] == ["images", "images", "images", "classes"]
+    counts = [sum(patch.get_height() for patch in a.patches) for a in axes]
+    assert counts == [14, 14, 14, 3]
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A scan of 30 files that was stopped near its end; (source, manifest, its partial file, the whole manifest)."""
+    root, manifest = plain_set(tmp_path / "images", 30), tmp_path / "m.jsonl"
+    put(root / "class1" / "text.jpg", b"text")
+    scan(root, tmp_path / "whole.jsonl", workers=0)
+    with pytest.raises(StopError):
+        scan(root, manifest, workers=0, progress=stop_after(28))
+    return root, manifest, tmp_path / "m.jsonl.partial", tmp_path / "whole.jsonl"
+
+
+def test_a_scan_goes_on_wherever_its_partial_file_was_cut(stopped):
+    root, manifest, partial, whole = stopped
+    data = partial.read_bytes()
+    head = data.index(b"\n") + 1
+    for cut in (0, 1, head - 1, head, head + 1, *range(head + 50, len(data), len(data) // 9)):
+        for tail in (b"", b"\0" * 700):  # a crash of the machine may leave zeros
+            partial.write_bytes(data[:cut] + tail)
+            report = scan(root, manifest, workers=0)
+            assert report.num_resumed == max(0, data[:cut].count(b"\n") - 1)
+            assert manifest.read_bytes() == whole.read_bytes()
+            assert quarantine_path(manifest).read_bytes() == quarantine_path(whole).read_bytes()
+            assert not partial.exists()
+
+
+def test_a_scan_of_something_else_begins_anew(stopped):
+    root, manifest, partial, whole = stopped
+    data = partial.read_bytes()
+    put(root / "class0" / "0000a.jpg", encoded(pixels(5), "JPEG"))
+    assert scan(root, manifest, workers=0).num_resumed == 0
+    assert load_manifest(manifest).num_samples == 31
+    (root / "class0" / "0000a.jpg").unlink()
+    partial.write_bytes(data.replace(b'"pillow"', b'"pillow_"', 1))
+    assert scan(root, manifest, workers=0).num_resumed == 0
+    assert manifest.read_bytes() == whole.read_bytes()
+
+
+def test_what_a_stopped_scan_says_of_no_image_is_not_kept(tmp_path):
+    root = tmp_path / "images"
+    put(root / "a" / "x.jpg", b"text")
+    with pytest.raises(UserError, match="none of the 1 files is a usable image"):
+        scan(root, tmp_path / "m.jsonl", workers=0)
+    put(root / "a" / "x.jpg", encoded(pixels(1), "JPEG"))
+    assert scan(root, tmp_path / "m.jsonl", workers=0).num_samples == 1
+
+
+def test_two_scans_do_not_collide(tmp_path):
+    root, manifest = plain_set(tmp_path / "images", 3), tmp_path / "m.jsonl"
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    lock = beside(manifest, LOCK)
+    with subprocess.Popen([sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        with pytest.raises(UserError, match="another `patchmill prep scan` is working on it"):
+            scan(root, manifest, workers=0)
+        other.communicate(b"\n")
+    assert scan(root, manifest, workers=0).num_samples == 3 and not lock.exists()

@@ -12,7 +12,8 @@ import pytest
 from image_files import encoded, pixels, plain_set
 
 from data_prep import beton as form
-from data_prep.scan import load_manifest, scan
+from data_prep.manifest import load_manifest
+from data_prep.scan import scan
 from data_prep.verify import check_seal, seal_text, verify
 from data_prep.write import _Encoder, write
 from pipeline.config import UserError

@@ -12,7 +12,8 @@ from image_files import contents, encoded, of_every_kind, pixels, plain_set, put
 from data_prep import beton as form
 from data_prep import journal
 from data_prep.images import decode
-from data_prep.scan import load_manifest, scan
+from data_prep.manifest import load_manifest
+from data_prep.scan import scan
 from data_prep.verify import check_seal, import_ffcv, verify
 from data_prep.write import write
 from pipeline.config import UserError

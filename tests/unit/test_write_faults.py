@@ -1,17 +1,20 @@
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from image_files import StopError, contents, encoded, of_every_kind, pixels, plain_set, put, rotated_jpeg, stop_after
 
 from data_prep import beton as form
 from data_prep import journal
 from data_prep import write as writer
-from data_prep.scan import load_manifest, scan
+from data_prep.manifest import load_manifest
+from data_prep.scan import scan
 from data_prep.verify import check_seal
 from data_prep.write import write
 from pipeline.config import UserError
@@ -235,7 +238,7 @@ def test_a_source_that_changed_since_the_scan_is_named(tmp_path, workers):
 
 
 def test_two_writers_do_not_collide(plain, tmp_path):
-    lock = form.beside(tmp_path / "x.beton", writer.LOCK)
+    lock = form.beside(tmp_path / "x.beton", form.LOCK)
     code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline()
@@ -298,3 +301,37 @@ def test_a_disk_that_fills_up_loses_nothing(plain, begun, tiny_disk, full_after)
     report = write(plain, beton, workers=1)
     assert report.num_resumed == {1: 0, 100: 64, 150: 128}[full_after]
     assert contents(beton) == contents(begun / "whole.beton")
+
+
+def test_size_and_time_are_said_before_the_work(plain, kinds, tmp_path):
+    for manifest, options in (
+        (plain, {}),
+        (kinds, {}),
+        (plain, {"mode": "raw"}),
+        (plain, {"max_side": 30, "quality": 100}),
+    ):
+        said, beton = [], tmp_path / "x.beton"
+        write(manifest, beton, workers=0, announce=said.append, **options)
+        assert len(said) == 1 and said[0].startswith(f"{load_manifest(manifest).num_samples} images to write, about ")
+        size = int(re.search(r"about ([\d,]+) MiB", said[0])[1].replace(",", "")) * 2**20
+        assert abs(size - beton.stat().st_size) <= 2**20
+        write(manifest, beton, workers=0, announce=said.append, **options)
+        assert len(said) == 1  # it is there
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_what_images_take_when_encoded_again_is_measured_for_the_disk(tmp_path, monkeypatch):
+    """Noise at quality 100 takes four times what a photograph does."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    for k in range(20):
+        put(tmp_path / "images" / "a" / f"{k}.png", encoded(np.roll(noise, k, 0), "PNG"))
+    scan(tmp_path / "images", tmp_path / "m.jsonl", workers=0)
+    write(tmp_path / "m.jsonl", tmp_path / "x.beton", workers=0, quality=100)
+    need = int(check_seal(tmp_path / "x.beton").table["size"].sum())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(need * 0.95)))
+    with pytest.raises(UserError, match="y.beton: needs about .* GiB"):
+        write(tmp_path / "m.jsonl", tmp_path / "y.beton", workers=0, quality=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(need * 1.05)))
+    write(tmp_path / "m.jsonl", tmp_path / "y.beton", workers=0, quality=100)

@@ -1,4 +1,4 @@
-"""SIGKILLs of the writer and of its workers at random moments: the file that results is the same to the byte."""
+"""SIGKILLs of scan, write and their workers at random moments: the files that result are the same to the byte."""
 
 import contextlib
 import io
@@ -11,11 +11,15 @@ import time
 import numpy as np
 import psutil
 import pytest
+import source_files as make
 from PIL import Image
 
 from data_prep import journal
+from data_prep import scan as scanner
 from data_prep.beton import CRC, JOURNAL, PARTIAL, SEAL, beside
-from data_prep.scan import scan
+from data_prep.kinds import open_source
+from data_prep.manifest import load_manifest
+from data_prep.scan import quarantine_path, scan
 from data_prep.verify import import_ffcv, verify
 from data_prep.write import write
 from pipeline.config import UserError
@@ -40,14 +44,14 @@ def manifest(tmp_path_factory):
     return folder / "m.jsonl"
 
 
-def start(manifest, beton, options):
-    """A writer with two workers in a process of its own; returns its pid."""
+def start(work, workers):
+    """``work(workers)`` in a process of its own; returns its pid."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             os.setpgid(0, 0)
-            write(manifest, beton, **options, workers=2)
+            work(workers)
             code = 0
         except UserError as error:
             os.write(2, f"{error}\n".encode())
@@ -85,20 +89,21 @@ def ended(pid, seconds):
     return os.waitstatus_to_exitcode(found[-1]) if wait_for(reap, seconds) else None
 
 
-def kill_once(rng, manifest, beton, options, span, victim_is_worker):
-    """Start a writer and kill it or one of its workers after a random time; True if that stopped it."""
-    pid = start(manifest, beton, options)
-    wait_for(lambda: len(workers_of(pid)) == 2 or ended_early(pid), 20)
+def kill_once(rng, work, span, victim_is_worker):
+    """Start the work with some workers and kill it or one of them after a random time; True if that stopped it."""
+    count = rng.randint(1, 4)
+    pid = start(work, count)
+    wait_for(lambda: len(workers_of(pid)) == count or ended_early(pid), 20)
     workers = workers_of(pid)
     time.sleep(rng.uniform(0, span))
     victim = rng.choice(workers).pid if victim_is_worker and workers else pid
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.kill(victim, signal.SIGKILL)
     code = ended(pid, 5)
-    assert code is not None, "the writer hangs after the kill"
+    assert code is not None, "it hangs after the kill"
     assert code in (0, CLEAR, -signal.SIGKILL)
     assert code != CLEAR or victim != pid
-    assert wait_for(lambda: not any(alive(worker) for worker in workers), 5), "a worker outlives the writer"
+    assert wait_for(lambda: not any(alive(worker) for worker in workers), 5), "a worker outlives it"
     return code != 0
 
 
@@ -121,26 +126,57 @@ def alive(process):
         return False
 
 
-@pytest.mark.parametrize("options", [{"max_side": 400}, {"mode": "raw"}], ids=["encoded", "raw"])
-def test_kills_at_random_moments_leave_the_same_bytes(manifest, tmp_path, monkeypatch, options, capsys):
-    monkeypatch.setattr(journal, "SYNC_SAMPLES", 8)  # so that kills fall before, in and after many of them
+def kill_often(work, made, count_done, capsys):
+    """Run ``work`` until it was stopped KILLS times, removing what is ``made`` when it got through, and then to its end."""
     begun = time.monotonic()
-    assert ended(start(manifest, tmp_path / "whole.beton", options), 60) == 0
+    assert ended(start(work, 2), 60) == 0
     span = (time.monotonic() - begun) * 0.5
-    rng, beton, stopped, progress = random.Random(5), tmp_path / "x.beton", 0, []
-    for attempt in range(4 * KILLS):
+    whole = [path.read_bytes() for path in made]
+    rng, stopped, progress = random.Random(5), 0, []
+    for attempt in range(6 * KILLS):
+        if made[0].exists():  # it got through before the kill: the next ones begin anew
+            for path in made:
+                path.unlink()
         if stopped == KILLS:
             break
-        if beton.exists():  # it got through before the kill: the next ones begin anew
-            for suffix in ("", CRC, SEAL):
-                beside(beton, suffix).unlink()
-        stopped += kill_once(rng, manifest, beton, options, span, victim_is_worker=bool(attempt % 2))
-        progress.append(journaled(beton))
+        stopped += kill_once(rng, work, span, victim_is_worker=bool(attempt % 2))
+        progress.append(count_done())
     with capsys.disabled():
-        sys.stdout.write(f"\n{stopped} kills stopped the writer; samples in the journal after each try: {progress}\n")
+        sys.stdout.write(f"\n{stopped} kills stopped it; samples done after each try: {progress}\n")
     assert stopped == KILLS
-    assert ended(start(manifest, beton, options), 60) == 0
-    for suffix in ("", CRC, SEAL):
-        assert beside(beton, suffix).read_bytes() == beside(tmp_path / "whole.beton", suffix).read_bytes()
+    assert ended(start(work, 3), 60) == 0
+    assert [path.read_bytes() for path in made] == whole
+
+
+@pytest.mark.parametrize("options", [{"max_side": 400}, {"mode": "raw"}], ids=["encoded", "raw"])
+def test_kills_of_write_leave_the_same_bytes(manifest, tmp_path, monkeypatch, options, capsys):
+    monkeypatch.setattr(journal, "SYNC_SAMPLES", 8)  # so that kills fall before, in and after many of them
+    beton = tmp_path / "x.beton"
+    made = [beside(beton, suffix) for suffix in ("", CRC, SEAL)]
+    kill_often(
+        lambda workers: write(manifest, beton, **options, workers=workers), made, lambda: journaled(beton), capsys
+    )
     assert not beside(beton, PARTIAL).exists() and not beside(beton, JOURNAL).exists()
     verify(beton, workers=0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_kills_of_scan_leave_the_same_manifest(manifest, tmp_path, monkeypatch, kind, capsys):
+    monkeypatch.setattr(scanner, "SYNC_SECONDS", 0.02)
+    folder = manifest.parent / "images"
+    images = {item.name: {file.name: file.read_bytes() for file in item.iterdir()} for item in folder.iterdir()}
+    images["class0"]["no_image.jpg"] = b"text"
+    source = {"folder": make.as_folder, "tar": make.as_tar, "parquet": make.as_parquet}[kind](
+        tmp_path / "source", images
+    )
+    book = tmp_path / "m.jsonl"
+
+    def done():
+        path = beside(book, PARTIAL)
+        return path.read_bytes().count(b"\n") - 1 if path.exists() else 201 * book.exists()
+
+    kill_often(
+        lambda workers: scan(open_source(source), book, workers=workers), [book, quarantine_path(book)], done, capsys
+    )
+    assert not beside(book, PARTIAL).exists()
+    assert load_manifest(book).num_samples == 200
