@@ -29,6 +29,7 @@ from pipeline.config import UserError
 PACKED: Final = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 VAL_NAME: Final = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 IMAGE_SUFFIXES: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+BLOCK: Final = 2**20
 MAX_TEXT: Final = 2**26  # bytes of a text or table in a development kit
 
 
@@ -86,6 +87,11 @@ def _walk(file: IO[bytes], start: int, size: int, archive: Path, where: str) -> 
     # tarfile takes whatever it cannot read as the end; the end of a whole tar is a block of zeros.
     if os.pread(file.fileno(), 512, start + end) != bytes(512):
         raise UserError(f"{broken} at byte {start + end}")
+    for at in range(start + end, start + size, BLOCK):
+        rest = os.pread(file.fileno(), min(BLOCK, start + size - at), at)
+        if rest.count(0) < len(rest):
+            raise UserError(f"{archive}: {where}goes on behind its end at byte {start + end}, as several tars in one file do; "
+                            "take them apart, for what follows is not read")  # fmt: skip
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
@@ -250,7 +256,7 @@ def read_devkit(devkit: Path) -> tuple[list[str], list[str]]:
         raise UserError(f"{devkit}: is not the development kit of ILSVRC 2012: has no {error}") from None
     except Exception as error:  # scipy's reader of a damaged file raises anything
         raise UserError(f"{devkit}: data/meta.mat or the ground truth is damaged: {error}") from None
-    return sorted(leaves.values()), truth
+    return list(leaves.values()), truth
 
 
 class WebDataset:
@@ -305,7 +311,7 @@ class WebDataset:
         text = b""
         if "cls" in sample and sample["cls"].problem is None:
             text = self.read(f"{shard.name}/", sample["cls"].offset, min(sample["cls"].size, 32)).strip()
-        if not text.isdigit():
+        if not text.isdigit() or len(text) > 18:
             strays.append((name, f"no label: its .cls is {text.decode(errors='replace')!r}, not a number" if text else
                            "no label: it has no .cls"))  # fmt: skip
             return

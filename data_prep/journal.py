@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from data_prep.beton import (
     head_size,
     place,
     sync_folder,
+    write_all,
     write_atomically,
 )
 from pipeline.config import UserError, flatten
@@ -50,12 +51,6 @@ class Encoded:
     data: bytes
     crc: int
     kept: bool
-
-
-def _write_all(file: IO[bytes], data: bytes | bytearray) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
 
 
 @dataclass(frozen=True)
@@ -178,9 +173,9 @@ class PartialBeton:
 
     def sync(self) -> None:
         """Make every sample durable, its bytes before its record."""
-        _write_all(self._file, b"".join(self._pending))
+        write_all(self._file, b"".join(self._pending))
         os.fdatasync(self._file.fileno())
-        _write_all(self._journal, self._pending_records)
+        write_all(self._journal, self._pending_records)
         os.fdatasync(self._journal.fileno())
         self._records += self._pending_records
         self._pending.clear()
@@ -196,7 +191,7 @@ class PartialBeton:
         head = head_bytes(self._num_samples, self._page_size, self._end, records["row"].tobytes())
         for position, data in ((self._end, table.tobytes()), (0, head)):
             self._file.seek(position)
-            _write_all(self._file, data)
+            write_all(self._file, data)
         os.fsync(self._file.fileno())
         crcs = records["crc"].tobytes()
         parts = {"head": head, "table": table.tobytes(), "crc": crcs}

@@ -218,6 +218,10 @@ def _decode_all(source: Source, index: Index, partial: _Partial, workers: int, p
                 progress(partial.totals.num_seen, len(entries))
 
 
+def _is_bad(line: bytes) -> bool:
+    return b'"reason"' in line and "reason" in json.loads(line)
+
+
 def _finish(source: Source, index: Index, partial: _Partial, manifest: Path) -> str:
     """Write manifest and quarantine list from the rows; returns the image set's name."""
     totals, quarantine = partial.totals, quarantine_path(manifest)
@@ -225,7 +229,7 @@ def _finish(source: Source, index: Index, partial: _Partial, manifest: Path) -> 
         for path, reason in index.strays:
             bad.write(json.dumps({"path": path, "reason": reason}) + "\n")
         for line in partial.rows():
-            if "reason" in json.loads(line):
+            if _is_bad(line):
                 bad.write(line.decode())
     if not totals.labels:
         partial.path.unlink()  # nothing worth going on with
@@ -236,7 +240,7 @@ def _finish(source: Source, index: Index, partial: _Partial, manifest: Path) -> 
         header = source.kind, source.root, index.classes, len(totals.labels), image_set, _versions()
         good.write(header_text(*header) + "\n")
         for line in partial.rows():
-            if "reason" not in json.loads(line):
+            if not _is_bad(line):
                 good.write(line.decode())
     return image_set
 

@@ -94,7 +94,7 @@ class Parquet:
                     raise UserError(f"{shard}: row group {group} is damaged: {' '.join(str(error).split())}") from None
                 for row, value in enumerate(labels):
                     path = f"{shard.name}/{number + row:07}"
-                    if value is None or value < 0:
+                    if value is None or not 0 <= value < 2**63:
                         strays.append((path, f"no label: it is {value}"))
                     else:
                         entries.append(Entry(path, value, group << 32 | row))

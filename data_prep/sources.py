@@ -16,6 +16,7 @@ from data_prep.images import ImageError
 from pipeline.config import UserError
 
 MAX_FILE_BYTES: Final = 2**30
+MAX_NUMBERED: Final = 100_000  # classes without a name
 SPLITS: Final = ("train", "val", "validation", "test")
 
 Progress = Callable[[int, int], None]
@@ -158,6 +159,8 @@ def number_classes(
 
     Raises UserError when the ``highest`` label lies outside.
     """
+    if not given and not own and highest >= MAX_NUMBERED:
+        raise UserError(f"{root}: holds the label {highest}; name so many classes with --classes FILE")
     names = given or tuple(own or map(str, range(highest + 1)))
     if highest >= len(names):
         raise UserError(f"{root}: holds the label {highest} and the class index has {len(names)} classes")

@@ -24,12 +24,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.beton import CRC, JPG, PARTIAL, ROW, SEAL, TABLE, Array, beside, head_size
+from data_prep.beton import CRC, JPG, PARTIAL, ROW, SEAL, TABLE, Array, beside, head_bytes, head_size
 from data_prep.workers import ordered_map
 from pipeline.config import UserError
 
 SEAL_KIND: Final = "patchmill-seal"
 SEAL_VERSION: Final = 1
+FACTS: Final = {"size": int, "num_samples": int, "page_size": int, "num_kept": int, "image_set": str, "classes": list,
+                "options": dict, "sha256": dict}  # fmt: skip
 BLOCK: Final = 64  # samples that a worker checks at a time
 SHOWN: Final = 5
 
@@ -140,6 +142,8 @@ def load_seal(beton: Path) -> dict[str, Any]:
         raise _broken(beton, f"its seal {path.name} is damaged") from None
     if facts["version"] != SEAL_VERSION:
         raise UserError(f"{path}: has version {facts['version']}, this program reads {SEAL_VERSION}; {_again(beton)}")
+    if not all(isinstance(facts.get(name), kind) for name, kind in FACTS.items()):
+        raise _broken(beton, f"its seal {path.name} is damaged")
     return dict(facts)
 
 
@@ -149,8 +153,10 @@ def _load_crcs(beton: Path, facts: dict[str, Any]) -> npt.NDArray[np.uint32]:
         data = path.read_bytes()
     except OSError as error:
         raise _broken(beton, f"its checksums {path.name} cannot be read ({error.strerror})") from None
-    if hashlib.sha256(data).hexdigest() != facts["sha256"]["crc"]:
+    if hashlib.sha256(data).hexdigest() != facts["sha256"].get("crc"):
         raise _broken(beton, f"its checksums {path.name} are damaged")
+    if len(data) != 4 * facts["num_samples"]:
+        raise _broken(beton, f"its seal has {facts['num_samples']} samples and {path.name} has {len(data) / 4:g}")
     return np.frombuffer(data, "<u4")
 
 
@@ -161,11 +167,14 @@ def _load_tables(beton: Path, facts: dict[str, Any]) -> tuple[Array, Array]:
         if size != facts["size"]:
             raise _broken(beton, f"has {size} bytes instead of {facts['size']}")
         head = file.read(head_size(count))
-        file.seek(size - count * TABLE.itemsize)
+        file.seek(max(0, size - count * TABLE.itemsize))
         table = file.read()
     for name, data in (("head", head), ("table", table)):
-        if hashlib.sha256(data).hexdigest() != facts["sha256"][name]:
+        if hashlib.sha256(data).hexdigest() != facts["sha256"].get(name):
             raise _broken(beton, f"its {'header or metadata' if name == 'head' else 'allocation table'} is damaged")
+    page_size = facts["page_size"]
+    if not 0 < page_size < 2**32 or not head.startswith(head_bytes(count, page_size, size - len(table), b"")):
+        raise _broken(beton, "its header is not the one that its seal describes")
     return np.frombuffer(head, ROW, count, len(head) - count * ROW.itemsize), np.frombuffer(table, TABLE)
 
 
@@ -255,6 +264,7 @@ def _check_layout(seal: Seal) -> list[str]:
         "lies outside the data": outside,
         "overlaps the sample before it": np.r_[False, begin[1:] < end[:-1]],
         "crosses a page border": begin // seal.page_size != (end - 1) // seal.page_size,
+        "has another number in the allocation table": seal.table["sample_id"] != np.arange(seal.num_samples),
         "has a metadata row that points elsewhere": seal.rows["f0"]["data_ptr"] != seal.table["ptr"],
         "has a label that is no class": (seal.labels < 0) | (seal.labels >= len(seal.classes)),
     }

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from pipeline.config import Config, ConfigError, UserError, binding_differences, load_config
@@ -16,10 +18,58 @@ def _data(cfg: Config, which: str, path: str) -> tuple[str, int]:
 
         seal = check_seal(Path(path))
         return f"data.{which}: {seal.num_samples} images, {len(seal.classes)} classes, sealed, {path}", seal.num_samples
-    from data_prep.scan import load_manifest
+    from data_prep.manifest import load_manifest
 
     manifest = load_manifest(Path(path))
     return f"data.{which}: {manifest.num_samples} images, {len(manifest.classes)} classes, {path}", manifest.num_samples
+
+
+def _classes(cfg: Config, path: str) -> list[str]:
+    if cfg.data.loader == "ffcv":
+        from data_prep.verify import load_seal
+
+        return list(load_seal(Path(path))["classes"])
+    from data_prep.manifest import load_header
+
+    return list(load_header(Path(path))["classes"])
+
+
+def require_same_classes(cfg: Config) -> None:
+    """Raises UserError when the training and the validation images have not the same class index: labels would not agree."""
+    if cfg.data.loader == "synthetic" or cfg.data.train is None or cfg.data.val is None:
+        return
+    train, val = (_classes(cfg, path) for path in (cfg.data.train, cfg.data.val))
+    if train != val:
+        pairs = zip_longest(train, val, fillvalue="no class")
+        label, (a, b) = next((label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UserError(f"data.val = {cfg.data.val}: its class index is not that of data.train ({len(val)} classes and "
+                        f"{len(train)}; label {label} is {b!r} and {a!r}); scan it again with --against the training set's "
+                        "manifest")  # fmt: skip
+
+
+def _staging(cfg: Config) -> Iterator[str]:
+    """Lines on the copies that ``data.stage_in`` will make. Raises UserError when it cannot make them."""
+    from data_prep.stage import bytes_there, check_trusted, staged_path
+
+    if cfg.data.stage_in is None:
+        return
+    folder = Path(cfg.data.stage_in).resolve()
+    betons = [Path(path) for path in (cfg.data.train, cfg.data.val) if path is not None]
+    above = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"data.stage_in = {folder}: {above} cannot be written; set it to another folder")
+    free, needed = shutil.disk_usage(above).free, 0
+    for copy, size in {staged_path(beton, folder): beton.stat().st_size for beton in betons}.items():
+        check_trusted(copy)
+        if copy.exists():
+            yield f"stage in: {copy} is there"
+        else:
+            needed += size - bytes_there(copy)
+            yield f"stage in: {size / 2**30:.2f} GiB to {copy}"
+    yield f"stage in: {needed / 2**30:.2f} GiB to copy, {free / 2**30:.2f} GiB free in {folder}"
+    if free < needed:
+        raise UserError(f"data.stage_in = {folder}: the copies need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
+                        "make room there, or leave it out")  # fmt: skip
 
 
 def check(cfg: Config) -> str:
@@ -35,6 +85,12 @@ def check(cfg: Config) -> str:
                     samples = count if which == "train" else samples
             except UserError as error:
                 problems.append(f"data.{which}: {error}")
+    if not problems:
+        for look in (_staging, require_same_classes):
+            try:
+                lines += look(cfg) or []
+            except UserError as error:
+                problems.append(str(error))
     if not problems:
         try:
             per_epoch = steps_per_epoch(samples, cfg.train.global_batch)

@@ -16,7 +16,7 @@ app = typer.Typer(
     "Example:  patchmill train cifar10/randsac data.train=train.beton run.dir=runs/randsac",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-prep = typer.Typer(help="Turn a folder of images into a sealed beton file: scan, write, verify.", no_args_is_help=True,
+prep = typer.Typer(help="Turn images into a sealed beton file: scan, write, verify.", no_args_is_help=True,
                    rich_markup_mode=None)  # fmt: skip
 evaluate = typer.Typer(
     help="Probe a run's encoder with labels it has never seen.", no_args_is_help=True, rich_markup_mode=None
@@ -90,20 +90,49 @@ def check(settings: Settings) -> None:
 
 @prep.command()
 def scan(
-    source: Annotated[Path, typer.Argument(help="A folder with one sub-folder of images a class.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder with one sub-folder of images a class; a tar of such folders, or of a tar a class (ImageNet's); "
+            "ILSVRC2012_img_val.tar; parquet or WebDataset shards (a folder, or a quoted pattern); a CIFAR archive."
+        ),
+    ],
     manifest: Annotated[Path, typer.Argument(help="The manifest to write, such as train.jsonl.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes that decode.")] = 2,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="MANIFEST", help="Take the class index of that one, and look for its images here."),
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The class index: a class name a line, in the order of labels.")
+    ] = None,
+    devkit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For ImageNet's validation tar: ILSVRC2012_devkit_t12.tar.gz."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="For CIFAR: train or test.")] = None,
 ) -> None:
-    """Decode every image; list the good ones in a manifest, the others in a quarantine list.
+    """Decode every image; list the good ones in a manifest, the others in a quarantine list. Goes on where it was killed.
 
-    Example: patchmill prep scan imagenet/train train.jsonl --workers 16
+    Example: patchmill prep scan ILSVRC2012_img_train.tar train.jsonl --workers 16
     """
-    from data_prep.scan import scan
+    from data_prep.kinds import open_source, read_classes
+    from data_prep.manifest import load_manifest
+    from data_prep.scan import index_source, scan
+    from data_prep.statistics import describe, draw
     from pipeline.metrics import Progress
 
+    found = open_source(source, devkit=devkit, split=split)
+    names = read_classes(classes) if classes else None
+    with Progress("index", None, found.counted_in) as progress:
+        index = index_source(found, names, against, progress.update)
     with Progress("scan", None, "image") as progress:
-        report = scan(source, manifest, workers=workers, progress=progress.update)
+        report = scan(found, manifest, workers=workers, index=index, against=against, progress=progress.update)
+    del index  # of a million names
+    book = load_manifest(manifest)
     _say(report)
+    _say(describe(book))
+    _say(f"drawn in {draw(book)}")
 
 
 @prep.command()
@@ -134,7 +163,7 @@ def write(
     with Progress("write", None, "image") as progress:
         report = write(manifest, beton, mode=mode.value, max_side=max_side, quality=quality,  # type: ignore[arg-type]
                        smart_threshold=smart_threshold, proportion=proportion, seed=seed, workers=workers,
-                       progress=progress.update)  # fmt: skip
+                       progress=progress.update, announce=lambda line: typer.echo(line, err=True))  # fmt: skip
     _say(report)
 
 
@@ -227,22 +256,6 @@ def sync(
     _say(sync(run, uri))
 
 
-@bench.command()
-def data(
-    beton: Annotated[Path, typer.Argument(help="A sealed beton.")],
-    manifest: Annotated[Path, typer.Argument(help="The manifest it was written from.")],
-    size: Annotated[int, typer.Option(min=1, help="Crop side, pixels.")] = 224,
-) -> None:
-    """Images per CPU second of our loader, FFCV's stock pipeline and PIL, one thread, interleaved.
-
-    Example: patchmill bench data train.beton train.jsonl
-    """
-    from pipeline.bench.data import run
-
-    for row in run(beton, manifest, image_size=size):
-        _say(row)
-
-
 Batch = Annotated[int, typer.Option(min=1, help="Images a batch.")]
 Rounds = Annotated[int, typer.Option(help="Interleaved rounds, at least 8; more calm the medians.")]
 Out = Annotated[
@@ -257,6 +270,37 @@ def _report(rows: Sequence[Any], out: Path | None) -> None:
         _say(row)
     if out is not None:
         write_report(out, rows)
+
+
+@bench.command()
+def data(
+    beton: Annotated[Path, typer.Argument(help="A sealed beton.")],
+    manifest: Annotated[Path, typer.Argument(help="The manifest it was written from.")],
+    size: Annotated[int, typer.Option(min=1, help="Crop side, pixels.")] = 224,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=2, help="Instead: how much faster our loader is with so many threads, on an idle machine."),
+    ] = None,
+    rounds: Rounds = 8,
+    out: Out = None,
+) -> None:
+    """Images per CPU second of our loaders, FFCV's stock pipeline and torchvision's DataLoader, one thread, interleaved.
+
+    Example: patchmill bench data train.beton train.jsonl --out data.json
+    """
+    from pipeline.bench import data
+    from pipeline.bench.report import check_out
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench data", None, "run") as progress:
+        options: dict[str, Any] = {"image_size": size, "rounds": rounds, "progress": progress.update}
+        rows: list[Any] = []
+        if threads:
+            rows += data.run_threads(beton, threads, **options)
+        else:
+            rows += [*data.run(beton, manifest, **options), *data.run_resume()]
+    _report(rows, out)
 
 
 @bench.command()

@@ -46,7 +46,7 @@ class ConfigError(UserError):
 
 # Settings that may change when a run is resumed: where things lie, how often something is said, how fast it runs.
 FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "data.train", "data.val", "data.jit",
-                  "data.threads", "data.eval_crop", "train.micro_batch")  # fmt: skip
+                  "data.threads", "data.stage_in", "data.eval_crop", "train.micro_batch")  # fmt: skip
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -245,6 +245,10 @@ def _check(cfg: Config) -> Iterable[str]:
         yield from _check_method(cfg)
     if data.loader != "synthetic" and data.train is None:
         yield f"data.train: is required and not set: the {'beton' if data.loader == 'ffcv' else 'manifest'} to train on"
+    if data.stage_in is not None and data.loader != "ffcv":
+        yield f"data.stage_in = {data.stage_in}: copies betons; set data.loader=ffcv (not {data.loader}) or leave it out"
+    if data.shuffle == "windowed" and data.loader != "ffcv":
+        yield f"data.shuffle = windowed: mixes the pages of a beton; set data.loader=ffcv (not {data.loader}) or data.shuffle=full"
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         yield f"data.crop_scale = {list(data.crop_scale)}: should be two shares of the area, 0 < low <= high <= 1"
     if not all(0 <= beta < 1 for beta in optim.betas):

@@ -1,12 +1,13 @@
 """Which part of an image a visit sees: boxes as a pure function of keys and image sizes, the same for every loader.
 
-A box is (top, left, height, width, flip) in pixels of the stored image. Nothing here depends on the other samples of
-the batch, and no transcendental function of a random number is taken, because numpy's differ between CPU types.
+A box is (top, left, height, width, flip) in pixels of the stored image, or of a scaled decode of it. Nothing here
+depends on the other samples of the batch, and no transcendental function of a random number is taken, because numpy's
+differ between CPU types.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,11 @@ import numpy.typing as npt
 from pipeline.keys import Int64, stream, uniform
 
 Int32 = npt.NDArray[np.int32]
+Resample = Literal["area", "bicubic"]
 
 RATIO: Final = (3 / 4, 4 / 3)
 ATTEMPTS: Final = 10
+EIGHTHS: Final = (4, 2, 1)  # JPEG also has scales between: they take longer than a full decode
 
 
 def _aspect_table() -> npt.NDArray[np.float64]:
@@ -73,18 +76,44 @@ def centre_boxes(heights: Int64, widths: Int64, eval_crop: float) -> Int32:
     return box.astype(np.int32)
 
 
+def scaled_boxes(boxes: Int32, image_size: int) -> tuple[Int64, Int32]:
+    """How small JPEGs may be decoded: int64 [B], eighths M of a side (8, 4, 2, 1), and their boxes on that scale.
+
+    M is the smallest at which a box of ``boxes`` [B, 5] is still ``image_size`` on both sides, else 8. An image of
+    height x width pixels becomes ceil(height M / 8) x ceil(width M / 8); a box's edges go to the nearest of its
+    pixels, so each moves by 4 / M pixels of the stored image at most, and with M = 8 not at all.
+    """
+    eighths = np.full(len(boxes), 8, np.int64)
+    for scale in EIGHTHS:
+        eighths[boxes[:, 2:4].min(1) * np.int64(scale) >= 8 * image_size] = scale
+    start = boxes[:, :2].astype(np.int64)
+    first, last = ((edges * eighths[:, None] + 4) // 8 for edges in (start, start + boxes[:, 2:4]))
+    return eighths, np.concatenate([first, last - first, boxes[:, 4:]], 1).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class Crops:
-    """How a loader cuts: square outputs of ``image_size`` pixels from random boxes (``augment``) or centred ones."""
+    """How a loader cuts: square outputs of ``image_size`` pixels from random boxes (``augment``) or centred ones.
+
+    Loaders of files besides: ``scaled`` decodes JPEGs no larger than needed, ``resample`` is as in ``pipeline.resample``.
+    """
 
     image_size: int
     augment: bool
     scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     eval_crop: float = 0.875
+    scaled: bool = False
+    resample: Resample = "area"
 
     def boxes(self, keys: Int64, heights: Int64, widths: Int64) -> Int32:
         """The boxes of a batch, int32 [B, 5], for its keys [B] and image sizes [B]."""
         if self.augment:
             return crop_boxes(keys, heights, widths, self.scale, self.flip)
         return centre_boxes(heights, widths, self.eval_crop)
+
+    def on_scale(self, boxes: Int32) -> tuple[Int64, Int32]:
+        """``scaled_boxes``, of which every image is whole (M = 8) unless ``scaled``."""
+        if self.scaled:
+            return scaled_boxes(boxes, self.image_size)
+        return np.full(len(boxes), 8, np.int64), boxes

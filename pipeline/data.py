@@ -6,13 +6,15 @@ the batch would have been handed out, after the good batches before it.
 """
 
 import hashlib
+import os
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
 from types import TracebackType
@@ -24,17 +26,32 @@ import torch
 from torch import Tensor
 
 from pipeline.config import UserError
-from pipeline.crops import Crops, Int32
+from pipeline.crops import Crops, Int32, Resample
 from pipeline.keys import Int64, hash_integers
-from pipeline.order import sample_keys
+from pipeline.order import Windows, sample_keys
+from pipeline.resample import RESAMPLE
 
 UInt8 = npt.NDArray[np.uint8]
 Order = Iterator[tuple[int, Int64]]
 Kind = Literal["ffcv", "folder", "synthetic"]
+Jit = Literal["auto", "on", "off"]
 
 SLICE: Final = 8  # images per job: long enough to hide a job's cost, short enough to spread a small batch over threads
 BATCHES_AHEAD: Final = 2
 JIT_PAYS_FROM: Final = 20_000
+MAX_THREADS: Final = 16
+CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
+
+
+def decode_threads(wanted: int | None) -> tuple[int, str]:
+    """How many threads decode, and why: ``wanted``, else the CPUs that this process may use, 16 at most."""
+    if wanted is not None:
+        return wanted, "data.threads"
+    threads, why = len(os.sched_getaffinity(0)), "the CPUs of this process"
+    quota, _, period = CPU_QUOTA.read_text().partition(" ") if CPU_QUOTA.is_file() else ("max", "", "")
+    if quota != "max" and int(quota) // int(period) < threads:
+        threads, why = max(1, int(quota) // int(period)), "the CPU quota of this control group"
+    return (threads, why) if threads <= MAX_THREADS else (MAX_THREADS, f"at most {MAX_THREADS} by default")
 
 
 @dataclass(frozen=True)
@@ -47,11 +64,30 @@ class Batch:
     keys: Tensor
 
 
-def _produce(make: Callable[[int, Int64, ThreadPoolExecutor], Batch], order: Order, threads: int,
-             queue: "Queue[Batch | BaseException | None]", stop: threading.Event) -> None:  # fmt: skip
+Make = Callable[[int, Int64, ThreadPoolExecutor], Batch]
+# A batch and, where its images are on their way to a CUDA device, the event that they have arrived.
+Item = tuple[Batch, torch.cuda.Event | None] | BaseException | None
+
+
+def _uploader(device: torch.device | None) -> Callable[[Batch], tuple[Batch, torch.cuda.Event | None]]:
+    """Starts the copy of a batch's pinned images to a CUDA device, on a stream beside the one that computes."""
+    if device is None or device.type != "cuda":
+        return lambda batch: (batch, None)
+    stream = torch.cuda.Stream(device)
+
+    def upload(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            images = batch.images.to(device, non_blocking=True)  # torch keeps the pinned memory until this is done
+        return replace(batch, images=images), stream.record_event()
+
+    return upload
+
+
+def _produce(make: Make, order: Order, threads: int, device: torch.device | None, queue: Queue[Item],
+             stop: threading.Event) -> None:  # fmt: skip
     """Fill the queue from ``order``; whatever goes wrong goes through the queue. Holds no reference to the iterator."""
 
-    def put(item: Batch | BaseException | None) -> None:
+    def put(item: Item) -> None:
         while not stop.is_set():
             try:
                 return queue.put(item, timeout=0.1)
@@ -60,8 +96,9 @@ def _produce(make: Callable[[int, Int64, ThreadPoolExecutor], Batch], order: Ord
 
     pool = ThreadPoolExecutor(threads, "patchmill-decode")
     try:
+        upload = _uploader(device)
         for epoch, ids in order:
-            put(make(epoch, ids, pool))
+            put(upload(make(epoch, ids, pool)))
             if stop.is_set():
                 return
         put(None)
@@ -77,16 +114,16 @@ class Batches(Iterator[Batch]):
     ``waited`` counts the seconds that the consumer has waited for data. Raises what the loader's threads raised.
     """
 
-    def __init__(self, make: Callable[[int, Int64, ThreadPoolExecutor], Batch], order: Order, threads: int) -> None:
-        """Start the thread; ``make`` turns an epoch and sample ids into a batch."""
+    def __init__(self, make: Make, order: Order, threads: int, device: torch.device | None) -> None:
+        """Start the thread; ``make`` turns an epoch and sample ids into a batch. A CUDA ``device`` gets the images."""
         self.waited = 0.0
         self._stop = threading.Event()
-        self._queue: Queue[Batch | BaseException | None] = Queue(BATCHES_AHEAD)
-        args = (make, order, threads, self._queue, self._stop)
+        self._queue: Queue[Item] = Queue(BATCHES_AHEAD)
+        args = (make, order, threads, device, self._queue, self._stop)
         self._thread = threading.Thread(target=_produce, args=args, daemon=True, name="patchmill-data")
         self._thread.start()
 
-    def _get(self) -> Batch | BaseException | None:
+    def _get(self) -> Item:
         while True:
             try:
                 return self._queue.get(timeout=1)
@@ -101,8 +138,15 @@ class Batches(Iterator[Batch]):
         start = time.perf_counter()
         item = self._get()
         self.waited += time.perf_counter() - start
-        if isinstance(item, Batch):
-            return item
+        if isinstance(item, tuple):
+            batch, arrived = item
+            if arrived is not None:
+                stream = torch.cuda.current_stream(batch.images.device)
+                stream.wait_event(arrived)
+                batch.images.record_stream(
+                    stream
+                )  # else their memory could be the next batch's before this one's step ran
+            return batch
         self.close()
         raise StopIteration if item is None else item
 
@@ -149,13 +193,24 @@ class Loader(ABC):
         """The class of every sample: int64 [N]."""
         return self._labels
 
+    def windows(self, num_pages: int) -> Windows:
+        """What the windowed order of this set needs, ``num_pages`` pages a window. Raises UserError: only a beton has pages."""
+        raise UserError(
+            "data.shuffle = windowed: mixes the pages of a beton; set data.loader=ffcv or data.shuffle=full"
+        )
+
     def boxes(self, epoch: int, ids: Int64) -> Int32:
         """Where samples ``ids`` [B] are cut in an epoch: int32 [B, 5] as in ``pipeline.crops``."""
         return self.crops.boxes(sample_keys(self._seed, epoch, ids), self._heights[ids], self._widths[ids])
 
-    def batches(self, order: Order) -> Batches:
-        """Batches of the sample ids that ``order`` yields with their epoch; consumed on the loader's thread."""
-        batches = Batches(self._make, order, self._threads)
+    def batches(self, order: Order, device: torch.device | None = None) -> Batches:
+        """Batches of the sample ids that ``order`` yields with their epoch; consumed on the loader's thread.
+
+        With a CUDA ``device`` the images of the batches made ahead go there, and nothing waits for the copy but the
+        stream that is current where a batch is taken. On any other they stay on the CPU.
+        """
+        make = partial(self._make, pinned=device is not None and device.type == "cuda")
+        batches = Batches(make, order, self._threads, device)
         self._open.add(batches)
         return batches
 
@@ -164,15 +219,17 @@ class Loader(ABC):
         for batches in list(self._open):
             batches.close()
 
-    def _make(self, epoch: int, ids: Int64, pool: ThreadPoolExecutor) -> Batch:
+    def _make(self, epoch: int, ids: Int64, pool: ThreadPoolExecutor, pinned: bool) -> Batch:
         ids = np.array(ids, np.int64)
         boxes = self.boxes(epoch, ids)
-        images = np.empty((len(ids), 3, self.crops.image_size, self.crops.image_size), np.uint8)
+        size = self.crops.image_size
+        images = torch.empty((len(ids), 3, size, size), dtype=torch.uint8, pin_memory=pinned)
+        out = images.numpy()
         parts = [slice(k, k + SLICE) for k in range(0, len(ids), SLICE)]
-        for job in [pool.submit(self.decode, ids[part], boxes[part], images[part]) for part in parts]:
+        for job in [pool.submit(self.decode, ids[part], boxes[part], out[part]) for part in parts]:
             job.result()
-        arrays = images, self._labels[ids], ids, sample_keys(self._seed, epoch, ids)
-        return Batch(*(torch.from_numpy(array) for array in arrays))
+        arrays = self._labels[ids], ids, sample_keys(self._seed, epoch, ids)
+        return Batch(images, *(torch.from_numpy(array) for array in arrays))
 
 
 def to_planes(image: UInt8, flip: int, out: UInt8) -> None:
@@ -186,42 +243,55 @@ class FolderLoader(Loader):
     """Image files, decoded by Pillow, by a manifest of ``patchmill prep scan``.
 
     Same boxes as the FFCV loader. The pixels differ by 1.1 grey levels in the mean (ImageNet at 224; 2.2 in the worst
-    image), because FFCV decodes with libjpeg's fast transform; a beton of raw pixels differs by less than 0.1.
+    image), because FFCV decodes with libjpeg's fast transform; a beton of raw pixels differs by less than 0.1, and with
+    bicubic resampling not at all.
+
+    Scaled decoding is for upright RGB or gray JPEGs; every other file is decoded whole and keeps the finer box. A
+    beton of JPEGs holds those re-encoded and upright, and scales them too; one of raw pixels scales nothing.
     """
 
     def __init__(self, path: Path, crops: Crops, seed: int, threads: int) -> None:
         """Read the manifest. Raises UserError."""
-        from data_prep.scan import load_manifest
-        from data_prep.sources import ImageFolder
+        from data_prep.kinds import reopen
+        from data_prep.manifest import load_manifest
 
         if path.is_dir():
             raise UserError(f"{path}: is a folder; scan it once with: patchmill prep scan {path} MANIFEST, "
                             "and give that manifest")  # fmt: skip
         manifest = load_manifest(path)
-        self._source, self._paths, self._digests = ImageFolder(manifest.root), manifest.paths, manifest.source_sha256
+        self._source, self._paths, self._digests = (
+            reopen(manifest.source_kind, manifest.root),
+            manifest.paths,
+            manifest.source_sha256,
+        )
+        if not self._source.any_order:
+            raise UserError(f"{path}: its images lie in {manifest.source_kind} shards, which are read as wholes; write a beton for "
+                            f"data.loader=ffcv with: patchmill prep write {path} BETON")  # fmt: skip
+        self._places = np.stack([manifest.positions, manifest.num_bytes], 1)
         self._rescan = f"scan again with: patchmill prep scan {manifest.root} {path}"
         sizes = manifest.heights, manifest.widths
         super().__init__(manifest.image_set, sizes, manifest.labels, len(manifest.classes), crops, seed, threads)
 
     def decode(self, ids: Int64, boxes: Int32, out: UInt8) -> None:
         """As in ``Loader``; raises UserError for a file that is missing or not the one that was scanned."""
-        import cv2
+        resample = RESAMPLE[self.crops.resample]
+        eighths, on_scale = self.crops.on_scale(boxes)
+        for k, (sample_id, shrink) in enumerate(zip(ids.tolist(), (8 // eighths).tolist(), strict=True)):
+            image = self._pixels(sample_id, shrink)
+            is_scaled = image.shape[0] < self._heights[sample_id]
+            *box, flip = (on_scale if is_scaled else boxes)[k].tolist()
+            to_planes(resample(image, box, self.crops.image_size), flip, out[k])
 
-        size = (self.crops.image_size, self.crops.image_size)
-        for sample_id, (top, left, height, width, flip), planes in zip(ids.tolist(), boxes.tolist(), out, strict=True):
-            crop = self._pixels(sample_id)[top : top + height, left : left + width]
-            to_planes(np.asarray(cv2.resize(crop, size, interpolation=cv2.INTER_AREA), np.uint8), flip, planes)
-
-    def _pixels(self, sample_id: int) -> UInt8:
-        """The whole image, upright RGB: uint8 [height, width, 3]."""
+    def _pixels(self, sample_id: int, shrink: int) -> UInt8:
+        """The whole image, upright RGB, uint8 [height, width, 3], its sides divided by ``shrink`` where that is cheaper."""
         from data_prep.images import ImageError, decode
 
         path = self._paths[sample_id]
         try:
-            data = self._source.read(path)
+            data = self._source.read(path, *self._places[sample_id].tolist())
             if hashlib.sha256(data).digest() != self._digests[sample_id].tobytes():
                 raise ImageError("has changed since it was scanned")
-            return decode(data)[0]
+            return decode(data, shrink)[0]
         except ImageError as error:
             raise UserError(f"{self._source.root / path}: sample {sample_id}: {error}; {self._rescan}") from error
 
@@ -292,7 +362,9 @@ def open_loader(
     crop_scale: tuple[float, float] = (0.2, 1.0),
     flip: bool = True,
     eval_crop: float = 0.875,
-    jit: Literal["auto", "on", "off"] = "auto",
+    decode: Literal["full", "scaled"] = "full",
+    resample: Resample = "area",
+    jit: Jit = "auto",
     num_samples: int = 1024,
     num_classes: int = 10,
     expected_images: int | None = None,
@@ -300,10 +372,11 @@ def open_loader(
     """A loader of ``image_size`` outputs: random crops with ``augment``, else centred ones of ``eval_crop``.
 
     ``path`` is a sealed beton (ffcv) or a manifest (folder); ``num_samples``, ``num_classes``: the synthetic set only.
-    ``jit`` compiles FFCV's decoder; auto does when the run will read ``expected_images`` enough to pay for it.
+    ``decode`` scaled: JPEGs no larger than their box needs. ``resample``: see ``pipeline.resample``. ``jit`` on compiles
+    FFCV's decoder first; auto does it behind the first batches, when ``expected_images`` are enough to pay for it.
     Raises UserError for a path that is missing, broken or of the wrong kind.
     """
-    crops = Crops(image_size, augment, crop_scale, flip, eval_crop)
+    crops = Crops(image_size, augment, crop_scale, flip, eval_crop, decode == "scaled", resample)
     if kind == "synthetic":
         return SyntheticLoader(num_samples, num_classes, crops, seed, threads)
     if path is None:
@@ -312,5 +385,5 @@ def open_loader(
         return FolderLoader(Path(path), crops, seed, threads)
     from pipeline.ffcv_loader import FFCVLoader
 
-    long = expected_images is None or expected_images >= JIT_PAYS_FROM
-    return FFCVLoader(Path(path), crops, seed, threads, compiled=jit == "on" or (jit == "auto" and long))
+    too_short = expected_images is not None and expected_images < JIT_PAYS_FROM
+    return FFCVLoader(Path(path), crops, seed, threads, "off" if jit == "auto" and too_short else jit)

@@ -16,9 +16,10 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import Config, UserError, binding_differences, load_config
-from pipeline.data import Loader, open_loader
+from pipeline.data import Loader, decode_threads, open_loader
 from pipeline.methods import build_method
 from pipeline.methods.common import Method
+from pipeline.metrics import Progress
 from pipeline.runlog import LOG
 
 log = logging.getLogger("patchmill")
@@ -80,6 +81,16 @@ def write_why(folder: Path, *, done: bool, reason: str, step: int, restarts: int
     os.replace(temporary, folder / WHY)
 
 
+def _staged(path: str | None, folder: str | None) -> str | Path | None:
+    """The beton's copy on this host's disk where ``data.stage_in`` asks for one."""
+    if folder is None or path is None:
+        return path
+    from data_prep.stage import stage_in
+
+    with Progress("stage in", None, "MiB") as progress:
+        return stage_in(Path(path), Path(folder), progress.update)
+
+
 def open_images(cfg: Config, which: Literal["train", "val"], *, augment: bool) -> Loader:
     """The loader of a run's training or validation images. Raises UserError when they are not set or broken.
 
@@ -91,10 +102,11 @@ def open_images(cfg: Config, which: Literal["train", "val"], *, augment: bool) -
         raise UserError(f"data.{which}: is required here and not set; add data.{which}=PATH")
     steps = cfg.train.steps
     return open_loader(
-        data.loader, path, image_size=data.image_size, seed=cfg.train.seed, augment=augment, crop_scale=data.crop_scale,
-        flip=data.flip, eval_crop=data.eval_crop, threads=data.threads or len(os.sched_getaffinity(0)),
-        jit=data.jit if augment or data.jit != "auto" else "off", num_samples=data.num_samples,
-        num_classes=data.num_classes, expected_images=steps * cfg.train.global_batch if steps else None,
+        data.loader, _staged(path, data.stage_in), image_size=data.image_size, seed=cfg.train.seed, augment=augment,
+        crop_scale=data.crop_scale, flip=data.flip, eval_crop=data.eval_crop, decode=data.decode, resample=data.resample,
+        threads=decode_threads(data.threads)[0], jit=data.jit if augment or data.jit != "auto" else "off",
+        num_samples=data.num_samples, num_classes=data.num_classes,
+        expected_images=steps * cfg.train.global_batch if steps else None,
     )  # fmt: skip
 
 

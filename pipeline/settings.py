@@ -128,7 +128,11 @@ class DataConfig(Section):
     """Where images come from: a sealed beton (ffcv), a manifest of `patchmill prep scan` (folder) or generated ones (synthetic).
 
     ``crop_scale`` is RandomResizedCrop's area range; ``eval_crop`` the share of the short side that evaluation keeps.
-    ``threads`` defaults to the CPUs this process may use. ``num_samples``, ``num_classes``: the synthetic set only.
+    ``decode``: full, or scaled: JPEGs at the smallest of 1/8, 1/4, 1/2 that still covers the crop's output, for large images.
+    ``resample``: area (FFCV's), or bicubic with antialiasing. ``shuffle``: full, or windowed for sets larger than memory:
+    shuffled pages of the beton, samples mixed within ``window_pages`` of them. ``stage_in``: a folder on this host's disk that
+    the betons are copied to first. ``threads`` defaults to the CPUs this process may use. ``num_samples``,
+    ``num_classes``: the synthetic set only.
     """
 
     train: str | None = None
@@ -138,7 +142,12 @@ class DataConfig(Section):
     crop_scale: Interval = (0.2, 1.0)
     flip: bool = True
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    decode: Literal["full", "scaled"] = "full"
+    resample: Literal["area", "bicubic"] = "area"
     jit: Literal["auto", "on", "off"] = "auto"
+    shuffle: Literal["full", "windowed"] = "full"
+    window_pages: Positive = 64
+    stage_in: str | None = None
     threads: Positive | None = None
     num_samples: Positive = 1024
     num_classes: Positive = 10

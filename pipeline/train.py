@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline import checkpoint, order
 from pipeline.config import Config, UserError, flatten
-from pipeline.data import Batch
+from pipeline.data import Batch, decode_threads
 from pipeline.engine import Engine
 from pipeline.engine.torch import TorchEngine
 from pipeline.estimate import flops_per_image
@@ -190,9 +190,11 @@ class Trainer:
         log.info("%s %s %s: step %d of %d, %d images, batch %d, lr %.3g (base_lr %.3g x %d / 256)", kind, cfg.method.name,
                  cfg.model.name, self.step, plan.total_steps, self.loader.num_samples, cfg.train.global_batch, cfg.lr,
                  cfg.optim.base_lr, cfg.train.global_batch)  # fmt: skip
+        log.info("decoding on %d threads: %s", *decode_threads(cfg.data.threads))
+        windows = self.loader.windows(cfg.data.window_pages) if cfg.data.shuffle == "windowed" else None
         steps = order.run_order(cfg.train.seed, self.step, plan.total_steps, self.loader.num_samples,
-                                cfg.train.global_batch, self.skipped_ranges)  # fmt: skip
-        self.batches = self.loader.batches(steps)
+                                cfg.train.global_batch, self.skipped_ranges, windows)  # fmt: skip
+        self.batches = self.loader.batches(steps, _device())
         status = "FAILED"
         try:
             with Progress(f"train {cfg.method.name}", plan.total_steps, "step") as progress:

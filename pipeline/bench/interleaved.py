@@ -18,6 +18,7 @@ MIN_ROUNDS: Final = 8
 Contestant = Callable[[int], int]  # runs a round (such as an epoch), returns the number of images
 Figures = dict[str, tuple[float, float]]
 Progress = Callable[[int, int], None]
+Clock = Callable[[], float]
 
 
 @contextmanager
@@ -43,20 +44,25 @@ def _check_rounds(rounds: int) -> None:
         )
 
 
-def interleave(contestants: Mapping[str, Contestant], rounds: int, progress: Progress | None = None) -> Figures:
+def interleave(
+    contestants: Mapping[str, Contestant],
+    rounds: int,
+    progress: Progress | None = None,
+    clock: Clock = time.process_time,
+) -> Figures:
     """(CPU seconds per image, A/A ratio) of each contestant: medians over ``rounds``, after one that is not counted.
 
-    ``progress`` gets (runs done, all runs).
+    ``progress`` gets (runs done, all runs). Another ``clock`` measures other seconds.
     """
     spent: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contestants}
     done, total = 0, 2 * (rounds + 1) * len(contestants)
     for number in range(rounds + 1):
         for half in (0, 1):
             for name, contestant in contestants.items():
-                start = time.process_time()
+                start = clock()
                 images = contestant(number)
                 if number:
-                    spent[name][half].append((time.process_time() - start) / images)
+                    spent[name][half].append((clock() - start) / images)
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -71,13 +77,18 @@ def _refuse_restless(figures: Figures) -> None:
                         "of 1; run it again when nothing else runs")  # fmt: skip
 
 
-def measure(build: Callable[[], Mapping[str, Contestant]], rounds: int, progress: Progress | None = None) -> Figures:
+def measure(
+    build: Callable[[], Mapping[str, Contestant]],
+    rounds: int,
+    progress: Progress | None = None,
+    clock: Clock = time.process_time,
+) -> Figures:
     """``interleave`` what ``build`` makes, on one thread.
 
     Raises UserError for fewer than 8 rounds, and when any A/A ratio is more than 3 % off 1.
     """
     _check_rounds(rounds)
     with _one_thread():
-        figures = interleave(build(), rounds, progress)
+        figures = interleave(build(), rounds, progress, clock)
     _refuse_restless(figures)
     return figures

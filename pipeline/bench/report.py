@@ -11,9 +11,11 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pipeline.config import UserError
+
+PACKAGES: Final = ("torch", "torchvision", "timm", "ffcv", "opencv-python", "pillow")
 
 
 def check_out(path: Path | None) -> None:
@@ -37,7 +39,7 @@ def write_report(path: Path, rows: Sequence[Any]) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {"cpu": _cpu_model(), "cpus": os.cpu_count()},
         "load_average": os.getloadavg(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "timm")}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "rows": [asdict(row) for row in rows],
     }
     path.write_text(json.dumps(report, indent=2) + "\n")

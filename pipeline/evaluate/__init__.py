@@ -38,6 +38,7 @@ def probe(run_dir: Path, name: Literal["knn", "linear", "linear_heads"], weights
     ``weights``: model, ema, untrained, or pixels (no encoder: the images averaged to 32 px). Features are kept in the
     run folder. Raises UserError for a run without checkpoint or validation images.
     """
+    from pipeline.check import require_same_classes
     from pipeline.evaluate.features import Features, cached, extract, pixels
     from pipeline.evaluate.heads import heads_accuracy
     from pipeline.evaluate.knn import knn_accuracy
@@ -47,13 +48,15 @@ def probe(run_dir: Path, name: Literal["knn", "linear", "linear_heads"], weights
 
     run_dir = Path(run_dir).resolve()
     cfg = read_config(run_dir)
+    require_same_classes(cfg)
     restored = None if weights == "pixels" else restore(run_dir, weights)
 
     def features(which: Literal["train", "val"]) -> Features:
         with contextlib.closing(open_images(cfg, which, augment=False)) as loader:
             if restored is None:
                 return pixels(loader, batch_size=cfg.eval.batch_size, device="cpu")
-            key = {"weights": restored.identity, "image_set": loader.image_set, "crop": str(cfg.data.eval_crop)}
+            pixels_of = f"{cfg.data.eval_crop} {cfg.data.loader} {cfg.data.decode} {cfg.data.resample}"
+            key = {"weights": restored.identity, "image_set": loader.image_set, "pixels": pixels_of}
             path = run_dir / "features" / f"{weights}-{which}.safetensors"
             return cached(path, key, lambda: extract(restored.method.encoder, loader, batch_size=cfg.eval.batch_size,
                                                      device="cpu"))  # fmt: skip

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.scan import load_manifest, scan
+from data_prep.manifest import load_manifest
+from data_prep.scan import scan
 from pipeline.config import UserError
 from pipeline.crops import crop_boxes
 from pipeline.data import Batch, Loader, open_loader

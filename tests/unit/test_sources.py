@@ -13,6 +13,7 @@ import source_files as make
 from image_files import encoded, of_every_kind, pixels
 
 from data_prep import archives, cifar, shards
+from data_prep.images import ImageError
 from data_prep.kinds import open_source, read_classes, reopen
 from data_prep.manifest import load_manifest
 from data_prep.scan import index_source, scan
@@ -140,24 +141,24 @@ def test_cifars_pickles_are_what_numpy_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "hostile",
+    ("hostile", "words"),
     [
-        b"\x80\x02cos\nsystem\n(U\x0cecho hostile\x85R.",
-        b"\x80\x02cbuiltins\neval\n(U\x051 + 1\x85R.",
-        b"\x80\x02cnumpy.core.multiarray\nfromfile\n(U\x01x\x85R.",
-        pickle.dumps(Path("x"), protocol=2),
-        b"\x80\x02]q\x00.",
-        b"\x80\x02}q\x00U",
-        b"garbage",
-        b"",
+        (b"\x80\x02cos\nsystem\nU\x0cecho hostile\x85R.", "it names os.system"),
+        (b"\x80\x02cbuiltins\neval\nU\x051 + 1\x85R.", "it names builtins.eval"),
+        (b"\x80\x02cnumpy.core.multiarray\nfromfile\nU\x01x\x85R.", "it names numpy.core.multiarray.fromfile"),
+        (pickle.dumps(Path("x"), protocol=2), "it names pathlib.PosixPath"),
+        (b"\x80\x02]q\x00.", "is no dictionary"),
+        (b"\x80\x02}q\x00U", ""),
+        (b"garbage", ""),
+        (b"", ""),
     ],
     ids=["os.system", "eval", "numpy", "object", "list", "cut short", "garbage", "empty"],
 )
-def test_a_hostile_or_damaged_pickle_is_an_error_and_runs_nothing(hostile, tmp_path, monkeypatch):
+def test_a_hostile_or_damaged_pickle_is_an_error_and_runs_nothing(hostile, words, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "system", lambda command: pytest.fail("ran"))
     with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as tar:
         make.add(tar, "cifar-10-batches-py/data_batch_1", hostile)
-    with pytest.raises(UserError, match=r"cifar.tar.gz: data_batch_1 is not CIFAR's or damaged"):
+    with pytest.raises(UserError, match=f"cifar.tar.gz: data_batch_1 is not CIFAR's or damaged: {words}"):
         open_source(tmp_path / "cifar.tar.gz", split="train")
 
 
@@ -214,6 +215,38 @@ def test_a_path_that_leads_out_refuses_the_archive(name, inner, tmp_path):
     with pytest.raises(UserError, match="leads out of the archive"):
         scan(tmp_path / "x.tar", tmp_path / "m.jsonl", workers=0)
     assert sorted(os.listdir(tmp_path)) == ["x.tar"]
+
+
+def test_a_file_that_is_in_a_tar_twice_and_one_that_is_cut_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        make.add(tar, "a/x.jpg", encoded(pixels(1), "JPEG"))
+        make.add(tar, "a/x.jpg", encoded(pixels(2), "JPEG"))
+    with pytest.raises(UserError, match="holds a/x.jpg twice"):
+        scan(tmp_path / "x.tar", tmp_path / "m.jsonl", workers=0)
+    size = (tmp_path / "x.tar").stat().st_size
+    with pytest.raises(ImageError, match="cut short: 5 bytes of 9"):
+        archives.ImageTar(tmp_path / "x.tar").read("a/x.jpg", size - 5, 9)
+
+
+def test_several_tars_in_one_file_are_refused(images, tmp_path):
+    data = make.as_tar(tmp_path / "x.tar", images).read_bytes()
+    for rest in (data, b"garbage"):
+        (tmp_path / "x.tar").write_bytes(data + rest)
+        with pytest.raises(UserError, match="goes on behind its end"):
+            scan(tmp_path / "x.tar", tmp_path / "m.jsonl", workers=0)
+    (tmp_path / "x.tar").write_bytes(data + bytes(3 * 2**20))
+    assert scan(tmp_path / "x.tar", tmp_path / "m.jsonl", workers=0).num_samples == sum(map(len, images.values()))
+
+
+@pytest.mark.parametrize(
+    ("label", "words"), [(b"50000000", "name so many classes with --classes"), (b"9" * 20, "not a number")]
+)
+def test_a_label_beyond_all_classes_is_an_error(label, words, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        make.add(tar, "a.cls", label)
+        make.add(tar, "a.jpg", encoded(pixels(1), "JPEG"))
+    with pytest.raises(UserError, match=words):
+        scan(tmp_path / "x.tar", tmp_path / "m.jsonl", workers=0)
 
 
 def test_links_devices_and_hidden_files_of_a_tar_are_no_images(tmp_path):
