@@ -215,6 +215,14 @@ def test_what_another_user_may_have_planted_is_not_trusted(beton, tmp_path, monk
         stage.stage_in(beton, folder)
 
 
+def test_what_is_planted_after_the_first_look_is_not_trusted_either(beton, tmp_path, monkeypatch):
+    copy, is_whole = stage.stage_in(beton, tmp_path / "fast"), stage._is_whole
+    copy.rename(tmp_path / "real")
+    monkeypatch.setattr(stage, "_is_whole", lambda path: path.symlink_to(tmp_path / "real") or is_whole(path))
+    with pytest.raises(UserError, match="is a link or another user's file"):
+        stage.stage_in(beton, tmp_path / "fast")
+
+
 PROGRAM = """
 import sys, time
 from pathlib import Path
@@ -244,6 +252,18 @@ def test_processes_of_a_host_copy_once_and_say_whom_they_wait_for(beton, tmp_pat
             (out, _), (out2, said) = first.communicate(), second.communicate()
     assert out.split()[1] == out2.split()[1] and int(out.split()[2]) > 10 and int(out2.split()[2]) == 0
     assert f"waiting for process {first.pid}, which copies to" in said
+
+
+@pytest.mark.timeout(60)
+def test_who_waits_takes_over_from_a_process_that_dies(beton, tmp_path):
+    with staging(beton, tmp_path / "fast", 0.5) as first:
+        while not list((tmp_path / "fast").glob("*" + PARTIAL)):
+            time.sleep(0.02)
+        with staging(beton, tmp_path / "fast", 0) as second:
+            assert f"waiting for process {first.pid}" in second.stderr.readline()
+            first.kill()
+            assert second.wait() == 0
+    assert contents(stage.staged_path(beton, tmp_path / "fast")) == contents(beton)
 
 
 @pytest.mark.timeout(120)
