@@ -143,9 +143,8 @@ class Batches(Iterator[Batch]):
             if arrived is not None:
                 stream = torch.cuda.current_stream(batch.images.device)
                 stream.wait_event(arrived)
-                batch.images.record_stream(
-                    stream
-                )  # else their memory could be the next batch's before this one's step ran
+                # Else their memory could be a later batch's before this one's step ran.
+                batch.images.record_stream(stream)
             return batch
         self.close()
         raise StopIteration if item is None else item
@@ -247,7 +246,9 @@ class FolderLoader(Loader):
     bicubic resampling not at all.
 
     Scaled decoding is for upright RGB or gray JPEGs; every other file is decoded whole and keeps the finer box. A
-    beton of JPEGs holds those re-encoded and upright, and scales them too; one of raw pixels scales nothing.
+    beton of JPEGs holds those re-encoded and upright, and scales them too; one of raw pixels scales nothing. Scaled from
+    both, ImageNet's pixels differ by 0.2 grey levels in the mean at 96, where half scale needs no fast transform of
+    8 x 8, and by 1.1 at 224, where most images are whole.
     """
 
     def __init__(self, path: Path, crops: Crops, seed: int, threads: int) -> None:

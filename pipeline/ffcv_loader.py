@@ -104,10 +104,16 @@ def _compile_behind(loader: "weakref.ref[FFCVLoader]", decode: Decode, file: UIn
 
 
 def _table(seal: Seal) -> Int64:
-    """(mode, height, width, offset, bytes) of every sample: int64 [N, 5]."""
+    """(mode, height, width, offset, bytes) of every sample: int64 [N, 5]. Raises UserError for pixels of another size."""
     images, places = seal.rows["f0"], seal.table
     columns = images["mode"], images["height"], images["width"], places["ptr"], places["size"]
-    return np.stack([column.astype(np.int64) for column in columns], 1)
+    table = np.stack([column.astype(np.int64) for column in columns], 1)
+    mode, height, width, _, size = table.T
+    wrong = np.flatnonzero((mode != JPG) & (size != height * width * 3))
+    if wrong.size:
+        raise UserError(f"{seal.beton}: sample {wrong[0]}: its bytes are not width x height x 3; find all that is broken with: "
+                        f"patchmill prep verify {seal.beton}")  # fmt: skip
+    return table
 
 
 class FFCVLoader(Loader):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from test_data import SEED, draw_tree, own_threads, read, same
 from data_prep.scan import scan
 from data_prep.verify import check_seal
 from data_prep.write import write
+from pipeline import ffcv_loader
 from pipeline.config import UserError
 from pipeline.crops import crop_boxes
 from pipeline.data import Batch, Loader, open_loader
@@ -219,6 +221,15 @@ def test_a_damaged_sample_is_named_after_the_good_batches(small, jit):
     with pytest.raises(UserError, match=rf"{small}: sample {bad} cannot be decoded.*patchmill prep verify"):
         next(batches)
     assert time.monotonic() - started < 5 and not own_threads()
+
+
+def test_pixels_of_another_size_than_they_should_have_are_named(betons, monkeypatch):
+    seal = check_seal(betons["raw"])
+    table = seal.table.copy()
+    table["size"][3] -= 1
+    monkeypatch.setattr(ffcv_loader, "check_seal", lambda path: replace(seal, table=table))
+    with pytest.raises(UserError, match=f"{betons['raw']}: sample 3: its bytes are not width x height x 3"):
+        open_ffcv(betons["raw"])
 
 
 def test_a_broken_seal_never_trains(small):
