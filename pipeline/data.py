@@ -246,9 +246,8 @@ class FolderLoader(Loader):
     bicubic resampling not at all.
 
     Scaled decoding is for upright RGB or gray JPEGs; every other file is decoded whole and keeps the finer box. A
-    beton of JPEGs holds those re-encoded and upright, and scales them too; one of raw pixels scales nothing. Scaled from
-    both, ImageNet's pixels differ by 0.2 grey levels in the mean at 96, where half scale needs no fast transform of
-    8 x 8, and by 1.1 at 224, where most images are whole.
+    beton of JPEGs holds those re-encoded and upright, and scales them too; one of raw pixels scales nothing. Scaled by
+    both loaders, ImageNet's pixels differ by 0.2 grey levels in the mean at 96, and by 1.1 at 224, where few are scaled.
     """
 
     def __init__(self, path: Path, crops: Crops, seed: int, threads: int) -> None:
