@@ -6,11 +6,12 @@ Nothing is unpacked to the disk: archives and shards are read where they lie. ``
 import hashlib
 import os
 import stat
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, Final, Protocol, overload
+from typing import ClassVar, Final, Protocol, TypeVar, overload
 
 from data_prep.images import ImageError
 from pipeline.config import UserError
@@ -20,9 +21,26 @@ MAX_NUMBERED: Final = 100_000  # classes without a name
 SPLITS: Final = ("train", "val", "validation", "test")
 
 Progress = Callable[[int, int], None]
+Item = TypeVar("Item", covariant=True)
 
 
-class Names(Sequence[str]):
+class _Packed(Sequence[Item]):
+    """A list whose items are made when they are asked for: ``_at`` makes the one at a place."""
+
+    @abstractmethod
+    def _at(self, place: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        """As of a list."""
+        places = range(len(self))[index]
+        return [self._at(place) for place in places] if isinstance(places, range) else self._at(places)
+
+
+class Names(_Packed[str]):
     """An append-only list of texts end to end in one buffer: a million file names take 40 MB instead of 90."""
 
     def __init__(self) -> None:
@@ -38,15 +56,7 @@ class Names(Sequence[str]):
         """How many."""
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        """As of a list."""
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def _at(self, place: int) -> str:
         return os.fsdecode(bytes(self._bytes[self._ends[place] : self._ends[place + 1]]))
 
     def digest(self) -> bytes:
@@ -68,7 +78,7 @@ class Entry:
     size: int = -1
 
 
-class Entries(Sequence[Entry]):
+class Entries(_Packed[Entry]):
     """Entries by columns: as objects those of ImageNet would take 300 MB, and again in every forked worker."""
 
     def __init__(self) -> None:
@@ -87,15 +97,8 @@ class Entries(Sequence[Entry]):
         """How many."""
         return len(self.labels)
 
-    @overload
-    def __getitem__(self, index: int) -> Entry: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Entry]: ...
-    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
-        """As of a list."""
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        return Entry(self.paths[index], self.labels[index], self.positions[index], self.sizes[index])
+    def _at(self, place: int) -> Entry:
+        return Entry(self.paths[place], self.labels[place], self.positions[place], self.sizes[place])
 
     def digest(self) -> str:
         """sha256 over all of it, hex: equal for equal entries in equal order."""

@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import checkpoint
 from pipeline.config import UserError, load_config
+from pipeline.data import Loader
 from pipeline.runlog import read_log
 from pipeline.train import train
 
@@ -57,6 +60,16 @@ def test_a_finished_run_has_a_line_a_step_the_newest_checkpoints_a_figure_and_a_
     names = {"step", "samples_seen", "epoch", "loss", "grad_norm", "lr", "images_per_s", "data_wait", "time"}
     assert names <= line.keys()
     assert load_config([finished / "config.yaml"]).train.epochs == 3
+    assert re.search(r"decoding on \d+ threads: ", (finished / "log.txt").read_text())
+
+
+def test_batches_are_made_for_the_device_that_computes(tmp_path, monkeypatch):
+    devices, batches = [], Loader.batches
+    monkeypatch.setattr(
+        Loader, "batches", lambda self, order, *device: devices.append(device) or batches(self, order, *device)
+    )
+    assert run_it(tmp_path / "run") == 0
+    assert devices[0] == (torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),)
 
 
 def test_the_micro_batch_changes_nothing_but_rounding(finished, tmp_path):

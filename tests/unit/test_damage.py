@@ -113,12 +113,12 @@ def other_image(beton: Path, start: int, size: int) -> None:
 
 @dataclass(frozen=True)
 class Damage:
-    """``found``: by check (whatever opens the beton, at once), by copy (staging), by decode (the batch that holds it), or by
-    nobody but verify, which finds everything. ``words``: what verify says."""
+    """``found``: by check (whatever opens the beton, at once), by the loader that opens it, by copy (staging), by decode (the
+    batch that holds it), or by nobody but verify, which finds everything. ``words``: what verify says."""
 
     name: str
     spoil: Callable[[Path], None]
-    found: Literal["check", "copy", "decode", "verify"]
+    found: Literal["check", "open", "copy", "decode", "verify"]
     words: str
 
 
@@ -188,7 +188,7 @@ MATRIX = [
     Damage("sealed so: text for an image",
            resealed(lambda b, start, size: edit(b, start, b"text".ljust(size))), "decode", UNDECODABLE),
     Damage("sealed so: an image of another size", resealed(other_image), "verify", UNDECODABLE),
-    Damage("sealed so: an image as pixels", in_row(0, b"\1"), "verify", f"sample {BAD}: its bytes are not width x height x 3"),
+    Damage("sealed so: an image as pixels", in_row(0, b"\1"), "open", f"sample {BAD}: its bytes are not width x height x 3"),
     Damage("sealed so: a label that is no class", in_row(16, b"\3"), "verify", f"sample {BAD}: has a label that is no class"),
     Damage("sealed so: a row that points elsewhere", in_row(8, b"\1"), "verify", f"sample {BAD}: has a metadata row that points"),
     Damage("sealed so: a number twice", in_table("sample_id", lambda start, size: 0), "verify", f"sample {BAD}: has another"),
@@ -262,6 +262,14 @@ def test_nothing_opens(beton, damage):
         with pytest.raises(UserError, match=f"{re.escape(str(beton))}.*patchmill prep write MANIFEST"):
             use(beton)
         assert time.monotonic() - started < 1
+
+
+@damaged("open")
+def test_the_loader_does_not_open(beton, damage):
+    damage.spoil(beton)
+    check_seal(beton)
+    with pytest.raises(UserError, match=f"{re.escape(str(beton))}: {damage.words}.*patchmill prep verify"):
+        open_beton(beton)
 
 
 @damaged("check", "copy")

@@ -246,8 +246,7 @@ def staging(beton, folder, pause):
 @pytest.mark.timeout(60)
 def test_processes_of_a_host_copy_once_and_say_whom_they_wait_for(beton, tmp_path):
     with staging(beton, tmp_path / "fast", 0.05) as first:
-        while not list((tmp_path / "fast").glob("*" + PARTIAL)):
-            time.sleep(0.02)
+        wait_until(lambda: list((tmp_path / "fast").glob("*" + PARTIAL)))
         with staging(beton, tmp_path / "fast", 0) as second:
             (out, _), (out2, said) = first.communicate(), second.communicate()
     assert out.split()[1] == out2.split()[1] and int(out.split()[2]) > 10 and int(out2.split()[2]) == 0
@@ -257,8 +256,7 @@ def test_processes_of_a_host_copy_once_and_say_whom_they_wait_for(beton, tmp_pat
 @pytest.mark.timeout(60)
 def test_who_waits_takes_over_from_a_process_that_dies(beton, tmp_path):
     with staging(beton, tmp_path / "fast", 0.5) as first:
-        while not list((tmp_path / "fast").glob("*" + PARTIAL)):
-            time.sleep(0.02)
+        wait_until(lambda: list((tmp_path / "fast").glob("*" + PARTIAL)))
         with staging(beton, tmp_path / "fast", 0) as second:
             assert f"waiting for process {first.pid}" in second.stderr.readline()
             first.kill()
