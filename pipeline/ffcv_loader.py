@@ -50,9 +50,9 @@ def _compiler_settings(compiled: bool) -> Iterator[None]:
 
 
 def _build_decoder(compiled: bool, resize: bool) -> Decode:
-    """decode(table int64 [n, 6], file, boxes [n, 5], temp, out [n, S, S, 3], status [n]): no state and no draws.
+    """decode(table int64 [n, 6], data, boxes [n, 5], temp, out [n, S, S, 3], status [n]): no state and no draws.
 
-    A row of the table: mode, height, width, offset and bytes in the file, and the eighths of its sides at which a JPEG
+    A row of the table: mode, height, width, offset and bytes in ``data``, and the eighths of its sides at which a JPEG
     is decoded; boxes are on that scale. ``temp`` has room for one decoded image and keeps the last one; ``status``
     receives libffcv's code for each sample, 0 for a good one. Without ``resize`` ``out`` is left alone.
     """
@@ -64,35 +64,36 @@ def _build_decoder(compiled: bool, resize: bool) -> Decode:
         jpg = IMAGE_MODES["jpg"]
         imdecode_c, resize_c = Compiler.compile(imdecode), Compiler.compile(resize_crop)
 
-        def decode(table, file, boxes, temp, out, status):  # type: ignore[no-untyped-def]
+        def decode(table, data, boxes, temp, out, status):  # type: ignore[no-untyped-def]
             for k in range(len(table)):
                 mode, height, width, start, size, eighths = table[k]
                 top, left = boxes[k, 0], boxes[k, 1]
                 bottom, right = top + boxes[k, 2], left + boxes[k, 3]
-                data = file[start : start + size]
+                stored = data[start : start + size]
                 status[k] = 0
                 if mode == jpg:
                     rows, cols = (height * eighths + 7) // 8, (width * eighths + 7) // 8
                     image = temp[: rows * cols * 3].reshape(rows, cols, 3)
-                    status[k] = imdecode_c(data, image, height, width, height, width, 0, 0, eighths, 8, False, False)
+                    status[k] = imdecode_c(stored, image, height, width, height, width, 0, 0, eighths, 8, False, False)
                     if resize:
                         resize_c(image, top, bottom, left, right, out[k])
                 elif resize:
-                    resize_c(data.reshape(height, width, 3), top, bottom, left, right, out[k])
+                    resize_c(stored.reshape(height, width, 3), top, bottom, left, right, out[k])
 
         return cast(Decode, Compiler.compile(decode))
 
 
-def _compile(decode: Decode, file: UInt8) -> None:
+def _compile(decode: Decode) -> None:
     """Make numba compile ``decode`` for the arrays that it gets, by a call for no samples."""
     table, boxes = np.empty((0, 6), np.int64), np.empty((0, 5), np.int32)
-    decode(table, file, boxes, np.empty(0, np.uint8), np.empty((0, 1, 1, 3), np.uint8), np.empty(0, np.int64))
+    none = np.empty(0, np.uint8)
+    decode(table, none, boxes, none, np.empty((0, 1, 1, 3), np.uint8), np.empty(0, np.int64))
 
 
-def _compile_behind(loader: "weakref.ref[FFCVLoader]", decode: Decode, file: UInt8) -> None:
+def _compile_behind(loader: "weakref.ref[FFCVLoader]", decode: Decode) -> None:
     """Compile, and give the loader, if it is still wanted, the faster ``decode``: the same bits."""
     try:
-        _compile(decode, file)
+        _compile(decode)
     except Exception as error:  # noqa: BLE001  whatever it is, the loader works without
         log.warning(
             "FFCV's decoder cannot be compiled and goes on without, slower: %s: %s", type(error).__name__, error
@@ -120,7 +121,7 @@ class FFCVLoader(Loader):
     """A sealed beton written by ``patchmill prep write``; its seal is checked before anything is read."""
 
     def __init__(self, path: Path, crops: Crops, seed: int, threads: int, jit: Jit) -> None:
-        """Check, map and prepare the decoder. Raises UserError for a beton that is missing, unsealed or broken.
+        """Check, open and prepare the decoder. Raises UserError for a beton that is missing, unsealed or broken.
 
         ``jit``: on compiles here and now, off never; auto starts without and changes over when a thread has compiled.
         """
@@ -130,17 +131,15 @@ class FFCVLoader(Loader):
         heights, widths = self._table[:, 1], self._table[:, 2]
         self._largest = int((heights * widths).max()) * 3
         self._scratch = threading.local()
-        # One mapping serves every thread, and the page cache every process of the host.
-        self._handle = open(path, "rb")  # noqa: SIM115  open as long as the mapping
-        self._file = np.asarray(np.memmap(self._handle, np.uint8, "r"))
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the loader
         labels = seal.labels.astype(np.int64)
         super().__init__(seal.image_set, (heights, widths), labels, len(seal.classes), crops, seed, threads)
         self._decode = _build_decoder(compiled=jit == "on", resize=crops.resample == "area")
         if jit == "on":
-            _compile(self._decode, self._file)
+            _compile(self._decode)
         elif jit == "auto":
             compiled = _build_decoder(compiled=True, resize=crops.resample == "area")
-            args = (weakref.ref(self), compiled, self._file)
+            args = (weakref.ref(self), compiled)
             threading.Thread(target=_compile_behind, args=args, daemon=True, name="patchmill-compile").start()
 
     def windows(self, num_pages: int) -> Windows:
@@ -154,23 +153,24 @@ class FFCVLoader(Loader):
         with suppress(OSError):
             for page in np.sort(pages).tolist():
                 for start in range(page * self._page_size, (page + 1) * self._page_size, READ_AHEAD):
-                    os.posix_fadvise(self._handle.fileno(), start, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(self._file.fileno(), start, READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def decode(self, ids: Int64, boxes: Int32, out: UInt8) -> None:
         """As in ``Loader``; raises UserError for samples that do not decode, or that the file no longer holds."""
         size, scratch = self.crops.image_size, self._scratch
         if not hasattr(scratch, "temp"):
-            scratch.temp = np.empty(self._largest, np.uint8)
+            scratch.temp, scratch.data = np.empty(self._largest, np.uint8), np.empty(0, np.uint8)
         table, boxes = self._on_scale(ids, boxes)
+        data = self._read(ids, table)
         pixels = np.empty((len(ids), size, size, 3), np.uint8)
         status = np.empty(len(ids), np.int64)
         if self.crops.resample == "area":
-            self._decode(table, self._file, boxes, scratch.temp, pixels, status)
+            self._decode(table, data, boxes, scratch.temp, pixels, status)
         else:
             for k in range(len(ids)):
                 one = slice(k, k + 1)
-                self._decode(table[one], self._file, boxes[one], scratch.temp, pixels[one], status[one])
-                pixels[k] = bicubic(self._image(table[k], scratch.temp), boxes[k, :4].tolist(), size)
+                self._decode(table[one], data, boxes[one], scratch.temp, pixels[one], status[one])
+                pixels[k] = bicubic(_image(table[k], data, scratch.temp), boxes[k, :4].tolist(), size)
         bad = ids[status != 0]
         if bad.size:
             raise UserError(f"{self._path}: sample {', '.join(map(str, bad))} cannot be decoded; find all that is "
@@ -178,23 +178,50 @@ class FFCVLoader(Loader):
         for image, flip, planes in zip(pixels, boxes[:, 4], out, strict=True):
             to_planes(image, flip, planes)
 
-    def _on_scale(self, ids: Int64, boxes: Int32) -> tuple[Int64, Int32]:
-        """The decoder's table [n, 6] and boxes [n, 5]; raises UserError for samples behind the end of the file."""
-        table = self._table[ids]
-        # Reading a mapping behind the end of its file would kill the process.
-        length = os.fstat(self._handle.fileno()).st_size
+    def _read(self, ids: Int64, table: Int64) -> UInt8:
+        """The stored bytes of samples ``ids``, one behind another; their offsets in ``table`` become those there.
+
+        Raises UserError for what the file does not hold. A mapping of it would save a copy, but one that cannot be
+        read, of a file that was cut or of a file system that is gone, kills the process without a word.
+        """
+        self._require(ids, table)
+        scratch, total = self._scratch, int(table[:, 4].sum())
+        if scratch.data.size < total:
+            scratch.data = np.empty(total, np.uint8)
+        offset = 0
+        for sample_id, row in zip(ids.tolist(), table, strict=True):
+            start, rest = int(row[3]), memoryview(scratch.data[offset : offset + row[4]])
+            row[3], offset = offset, offset + len(rest)
+            while rest:
+                try:
+                    count = os.preadv(self._file.fileno(), [rest], start)
+                except OSError as error:
+                    raise UserError(f"{self._path}: sample {sample_id} cannot be read: {error.strerror}") from error
+                if not count:
+                    self._require(ids, self._table[ids])
+                start, rest = start + count, rest[count:]
+        return scratch.data
+
+    def _require(self, ids: Int64, table: Int64) -> None:
+        """Raise UserError where ``table``, with the offsets of the file, has samples behind its end."""
+        length = os.fstat(self._file.fileno()).st_size
         gone = ids[table[:, 3] + table[:, 4] > length]
         if gone.size:
             raise UserError(f"{self._path}: sample {', '.join(map(str, gone))} is gone: the file was cut to {length} bytes "
                             "while it was read; copy or write it again")  # fmt: skip
+
+    def _on_scale(self, ids: Int64, boxes: Int32) -> tuple[Int64, Int32]:
+        """The decoder's table [n, 6], with the offsets of the file, and boxes [n, 5]."""
+        table = self._table[ids]
         eighths, on_scale = self.crops.on_scale(boxes)
         is_jpeg = table[:, :1] == JPG
         eighths = np.where(is_jpeg, eighths[:, None], 8)
         return np.concatenate([table, eighths], 1), np.where(is_jpeg, on_scale, boxes)
 
-    def _image(self, row: Int64, temp: UInt8) -> UInt8:
-        """The image that ``decode`` has just unpacked, uint8 [rows, cols, 3]: in ``temp``, or as it lies in the file."""
-        mode, height, width, start, size, eighths = row.tolist()
-        rows, cols = -(-height * eighths // 8), -(-width * eighths // 8)
-        pixels = temp[: rows * cols * 3] if mode == JPG else self._file[start : start + size]
-        return pixels.reshape(rows, cols, 3)
+
+def _image(row: Int64, data: UInt8, temp: UInt8) -> UInt8:
+    """The image that ``decode`` has just unpacked, uint8 [rows, cols, 3]: in ``temp``, or as it is stored."""
+    mode, height, width, start, size, eighths = row.tolist()
+    rows, cols = -(-height * eighths // 8), -(-width * eighths // 8)
+    pixels = temp[: rows * cols * 3] if mode == JPG else data[start : start + size]
+    return pixels.reshape(rows, cols, 3)

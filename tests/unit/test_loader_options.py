@@ -1,5 +1,6 @@
 """Scaled decoding, bicubic resampling, compiling behind the first batches, threads: the same crops, and the same bits."""
 
+import errno
 import gc
 import io
 import logging
@@ -257,13 +258,13 @@ def test_a_damaged_sample_is_named_in_every_mode(copy, option, jit, damage):
 @pytest.mark.timeout(60)
 def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(copy):
     code = f"""if True:
-        import os, sys, numpy as np
+        import os, sys, threading, numpy as np
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_loader_options import ffcv, Path, UserError
         loader = ffcv(Path({str(copy)!r}), 2)
-        with loader.batches((0, np.arange(40)) for _ in range(100)) as batches:
+        with loader.batches((0, np.arange(40)) for _ in range(10000)) as batches:
             next(batches)
-            os.truncate(loader._path, 2**23 + 100)
+            threading.Timer(0.05, os.truncate, (loader._path, 2**23 + 100)).start()
             try:
                 for _ in batches: pass
             except UserError as error:
@@ -271,6 +272,25 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(copy):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "is gone: the file was cut to 8388708 bytes while it was read" in done.stdout
+
+
+@pytest.mark.parametrize("mode", ["jpg", "raw"])
+def test_reads_that_come_in_pieces_change_nothing_and_one_that_fails_names_the_sample(betons, mode, monkeypatch):
+    expected, loader, whole = read(ffcv(betons[mode])), ffcv(betons[mode]), os.preadv
+
+    def in_pieces(file: int, buffers: list[memoryview], offset: int) -> int:
+        return whole(file, [buffers[0][:1000]], offset)
+
+    def fails(file: int, buffers: list[memoryview], offset: int) -> int:
+        if offset == loader._table[5, 3]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", in_pieces)
+    assert all(same(a, b) for a, b in zip(expected, read(loader), strict=True))
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(UserError, match=rf"{mode}.beton: sample 5 cannot be read: Input/output error"):
+        read(loader)
 
 
 # ---- compilation behind the first batches
