@@ -257,7 +257,7 @@ def sync(
 
 
 Batch = Annotated[int, typer.Option(min=1, help="Images a batch.")]
-Rounds = Annotated[int, typer.Option(help="Interleaved rounds, at least 8; more calm the medians.")]
+Rounds = Annotated[int, typer.Option(help="Interleaved rounds, at least 8; more calm the figures.")]
 Out = Annotated[
     Path | None, typer.Option(metavar="FILE.json", help="Also write the rows there, with hardware and versions.")
 ]

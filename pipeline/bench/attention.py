@@ -24,7 +24,7 @@ GOAL: Final = 1.05
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant: CPU seconds per image (median of the rounds), A/A ratio, and the ratio to the same without a mask.
+    """A contestant: CPU seconds per image (fastest round), A/A ratio, and the ratio to the same without a mask.
 
     ``goal``: what the ratio should be at most; None where none is set.
     """

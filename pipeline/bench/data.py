@@ -44,7 +44,7 @@ RESUME_GOAL_S: Final = 1.0
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant: CPU seconds per image (median of the rounds), A/A ratio, and how many times faster ours are.
+    """A contestant: CPU seconds per image (fastest round), A/A ratio, and how many times faster ours are.
 
     ``ours_is_faster`` is the plain FFCV loader's ratio, ``scaled_is_faster`` that with scaled decoding.
     """

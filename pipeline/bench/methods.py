@@ -31,7 +31,7 @@ PEER_GOAL: Final = 1.0
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant: CPU seconds per image (median of the rounds), A/A ratio, FLOPs per image and the share of sgemm's speed.
+    """A contestant: CPU seconds per image (fastest round), A/A ratio, FLOPs per image and the share of sgemm's speed.
 
     ``ratio`` is ``time_ratio / flop_ratio`` to the contestant ``versus`` and should be at most ``goal``. For sgemm an
     image is one product; the peer is credited with MAE's FLOPs.

@@ -39,6 +39,7 @@ def write_report(path: Path, rows: Sequence[Any]) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {"cpu": _cpu_model(), "cpus": os.cpu_count()},
         "load_average": os.getloadavg(),
+        "statistic": "fastest of the rounds",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "rows": [asdict(row) for row in rows],
     }
