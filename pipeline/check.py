@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import Config, ConfigError, UserError, binding_differences, load_config
 from pipeline.estimate import flops_per_image
-from pipeline.order import steps_per_epoch
+from pipeline.order import Plan
 
 
 def _data(cfg: Config, which: str, path: str) -> tuple[str, int]:
@@ -93,12 +93,13 @@ def check(cfg: Config) -> str:
                 problems.append(str(error))
     if not problems:
         try:
-            per_epoch = steps_per_epoch(samples, cfg.train.global_batch)
-            steps = cfg.train.steps or per_epoch * (cfg.train.epochs or 0)
-            lines.append(f"train: {steps} steps of {cfg.train.global_batch} images, {per_epoch} an epoch, "
-                         f"{flops_per_image(cfg).step * steps * cfg.train.global_batch:.3g} FLOP")  # fmt: skip
-        except ValueError as error:
-            problems.append(f"train.global_batch = {cfg.train.global_batch}: {error}")
+            plan, batch = Plan.of(cfg, samples), cfg.train.global_batch
+            flops = flops_per_image(cfg).step * plan.total_steps * batch
+            lines.append(
+                f"train: {plan.total_steps} steps of {batch} images, {plan.steps_per_epoch} an epoch, {flops:.3g} FLOP"
+            )
+        except UserError as error:
+            problems.append(str(error))
     parent = next(folder for folder in [Path(cfg.run.dir), *Path(cfg.run.dir).parents] if folder.exists())
     if not os.access(parent, os.W_OK):
         problems.append(f"run.dir = {cfg.run.dir}: {parent} cannot be written")

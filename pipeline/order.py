@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config import Config, UserError
 from pipeline.keys import Int64, hash_integers, sample_key, stream
 
 
@@ -36,6 +37,29 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
     if num_samples < global_batch:
         raise ValueError(f"{num_samples} samples do not fill one global batch of {global_batch}")
     return num_samples // global_batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run in steps, from its configuration and the number of samples."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+
+    @classmethod
+    def of(cls, cfg: Config, num_samples: int) -> "Plan":
+        """Raises UserError when the data do not fill one batch, or the warm-up is longer than the run."""
+        try:
+            per_epoch = steps_per_epoch(num_samples, cfg.train.global_batch)
+        except ValueError as error:
+            raise UserError(f"train.global_batch = {cfg.train.global_batch}: {error}") from None
+        total = cfg.train.steps or per_epoch * (cfg.train.epochs or 0)
+        warmup = cfg.optim.warmup_steps or per_epoch * (cfg.optim.warmup_epochs or 0)
+        if warmup >= total:
+            raise UserError(f"optim.warmup_epochs, optim.warmup_steps: {warmup} steps of warm-up in a run of {total} steps; "
+                            "shorten it, or train longer")  # fmt: skip
+        return cls(per_epoch, total, warmup)
 
 
 @lru_cache(maxsize=2)

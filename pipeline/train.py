@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,36 +22,13 @@ from pipeline.estimate import flops_per_image
 from pipeline.guard import NonFiniteGuard, StopRequest
 from pipeline.metrics import Meter, Progress, setup_logging
 from pipeline.optim import lr_at, momentum_at
+from pipeline.order import Plan
 from pipeline.runs import open_images, open_run, write_why
 from pipeline.tracking import MlflowSink, RunLog, discard_after, read_log, resolve_uri
 
 log = logging.getLogger("patchmill")
 
 DONE, STOPPED = 0, 75
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The length of a run in steps, from its configuration and the number of samples."""
-
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-
-    @classmethod
-    def of(cls, cfg: Config, num_samples: int) -> "Plan":
-        """Raises UserError when the data do not fill one batch, or the warm-up is longer than the run."""
-        try:
-            per_epoch = order.steps_per_epoch(num_samples, cfg.train.global_batch)
-        except ValueError as error:
-            raise UserError(f"train.global_batch = {cfg.train.global_batch}: {error}") from None
-        total = cfg.train.steps or per_epoch * (cfg.train.epochs or 0)
-        warmup = cfg.optim.warmup_steps or per_epoch * (cfg.optim.warmup_epochs or 0)
-        if warmup >= total:
-            raise UserError(
-                f"optim.warmup_epochs, optim.warmup_steps: {warmup} steps of warm-up in a run of {total} steps"
-            )
-        return cls(per_epoch, total, warmup)
 
 
 class StepBuffer:

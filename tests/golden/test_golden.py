@@ -147,8 +147,9 @@ def losses(preset: str) -> list[float]:
     from pipeline import order
     from pipeline.config import load_config
     from pipeline.engine.torch import TorchEngine
+    from pipeline.order import Plan
     from pipeline.runs import open_images
-    from pipeline.train import Plan, Trainer
+    from pipeline.train import Trainer
 
     size = TEST_SIZE | (TEST_SIZE_IMAGENET if preset.startswith("imagenet/") else {})
     cfg = load_config([CONFIGS / f"{preset}.yaml"], [f"{key}={value}" for key, value in size.items()])

@@ -86,3 +86,16 @@ def test_a_missing_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_pa
     error = capsys.readouterr().err.strip()
     assert re.match(r"patchmill: .*no", error), error
     assert len(error.splitlines()) == 1
+
+
+def test_check_says_what_only_the_number_of_samples_shows(monkeypatch, capsys, tmp_path):
+    settings = ["cifar10/mae", f"run.dir={tmp_path / 'run'}", "data.loader=synthetic"]
+    wrong = {
+        "data.num_samples=63": "train.global_batch = 64: 63 samples do not fill one global batch of 64",
+        "train.epochs=1": "optim.warmup_epochs, optim.warmup_steps: 16 steps of warm-up in a run of 16 steps; shorten it",
+    }
+    for setting, message in wrong.items():
+        assert run_main(monkeypatch, "check", *settings, setting) == 2
+        assert message in capsys.readouterr().err
+    assert run_main(monkeypatch, "check", *settings) == 0
+    assert "16 an epoch" in capsys.readouterr().out
