@@ -48,14 +48,15 @@ def chunks(positions: Sequence[int], first: int, workers: int, sizes: Sequence[i
     return [*runs, range(start, count)] if start < count else runs
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Let this process be killed when ``parent``, which started it, dies."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call above
         os._exit(1)
 
 
 def _work(function: Callable[[Item], Any], items: Sequence[Item], sender: Connection, parent: int) -> None:
-    _die_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")  # Pillow's remarks on metadata

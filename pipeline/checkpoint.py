@@ -12,17 +12,21 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 from torch import Tensor
 
 from pipeline.config import UserError
+from pipeline.launch import World
+
+Value = TypeVar("Value")
 
 SEAL: Final = "complete.json"
 STATE: Final = "state.json"
 FORMAT: Final = 1
+ALONE: Final = World()
 
 log = logging.getLogger("patchmill")
 
@@ -53,46 +57,88 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], world: World = ALONE) -> Path:
     """Write a checkpoint of ``tensors`` and the JSON ``state`` and publish it under its name; returns its path.
 
-    Those of later steps, which a run has that went back to an earlier one, are removed.
-    Raises CheckpointError when it cannot be written (a full disk, say); nothing is left behind and older ones stay.
+    All ranks call it; each writes, syncs and hashes its own file, the main one seals them. Those of later steps, which a
+    run has that went back to an earlier one, are removed.
+    Raises CheckpointError on all when one cannot write (a full disk, say); nothing is left behind and older ones stay.
     """
     final = folder / name_of(step)
     temporary = folder / f".{final.name}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write(temporary, step, tensors, state)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-        temporary.rename(final)
-        _sync(folder)
-        # A later one was found broken and passed over: left there, retain would keep it in a whole one's place.
-        for later in candidates(folder):
-            if later.name > final.name:
-                shutil.rmtree(later, ignore_errors=True)
-    except _failures() as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{final} could not be written: {_cause(error)}") from error
+        _on_main(world, lambda: _begin(temporary))
+        files = _everywhere(world, lambda: _write_shard(temporary, tensors, world))
+        _on_main(world, lambda: _publish(temporary, final, _merged(files), {"format": FORMAT, "step": step, **state}))
+    except CheckpointError as error:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{final} could not be written: {error}") from error
     return final
 
 
-def _write(temporary: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _everywhere(world: World, work: Callable[[], Value]) -> list[Value]:
+    """``work`` on every rank: its values, by rank. Raises CheckpointError on all of them when it fails on one."""
+    value, reason = None, None
+    try:
+        value = work()
+    except _failures() as error:
+        reason = _cause(error)
+    outcomes = world.gather((value, reason))
+    failed = [(rank, reason) for rank, (_, reason) in enumerate(outcomes) if reason is not None]
+    if failed:
+        rank, reason = failed[0]
+        raise CheckpointError(f"rank {rank}: {reason}" if world.size > 1 else reason)
+    return [cast(Value, value) for value, _ in outcomes]
+
+
+def _on_main(world: World, work: Callable[[], object]) -> None:
+    _everywhere(world, work if world.is_main else lambda: None)
+
+
+def _begin(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _seal_of(path: Path) -> dict[str, Any]:
+    _sync(path)
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}}
+
+
+def _write_shard(temporary: Path, tensors: dict[str, Tensor], world: World) -> dict[str, Any]:
+    """This rank's file, and what the seal says of it."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-    dcp_save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    _write_json(temporary / STATE, {"format": FORMAT, "step": step, **state})
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    dcp_save(tensors, storage_writer=writer, process_group=world.control)
+    own = sorted(temporary.glob(f"shard-{world.rank + 1:05d}-*"))
+    return {name: entry for path in own for name, entry in _seal_of(path).items()}
+
+
+def _publish(temporary: Path, final: Path, files: dict[str, Any], state: dict[str, Any]) -> None:
+    _write_json(temporary / STATE, state)
+    files = files | _seal_of(temporary / STATE)
+    unsealed = {path.name for path in temporary.iterdir()} ^ files.keys()
+    if unsealed:
+        raise OSError(f"{', '.join(sorted(unsealed))}: not written by the rank that should have")
     config = hashlib.sha256(json.dumps(state.get("config"), sort_keys=True).encode()).hexdigest()
-    _write_json(temporary / SEAL, {"format": FORMAT, "step": step, "config_sha256": config, "files": files})
+    seal = {"format": FORMAT, "step": state["step"], "config_sha256": config, "files": files}
+    _write_json(temporary / SEAL, seal)
     _sync(temporary / SEAL)
     _sync(temporary)
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+    temporary.rename(final)
+    _sync(final.parent)
+    # A later one was found broken and passed over: left there, retain would keep it in a whole one's place.
+    for later in candidates(final.parent):
+        if later.name > final.name:
+            shutil.rmtree(later, ignore_errors=True)
 
 
 def _failures() -> tuple[type[BaseException], ...]:

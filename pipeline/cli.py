@@ -66,12 +66,19 @@ def _say(report: Any) -> None:
 
 
 @app.command()
-def train(settings: Settings) -> None:
-    """Pretrain in this process; continues a run whose folder exists.
+def train(
+    settings: Settings,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes to start on this host, such as one a GPU.")] = 1,
+) -> None:
+    """Pretrain; continues a run whose folder exists. Under torchrun or srun this is one process of the run.
 
     Example: patchmill train cifar10/mae data.train=train.beton run.dir=runs/mae train.epochs=5
     """
     cfg = _config(settings)
+    if nproc > 1:
+        from pipeline.launch import start_local
+
+        raise typer.Exit(start_local(cfg, ["train", *settings], nproc))
     from pipeline.train import train
 
     raise typer.Exit(train(cfg))
@@ -344,6 +351,27 @@ def attention(batch: Batch = 4, rounds: Rounds = 8, out: Out = None) -> None:
     _report(rows, out)
 
 
+@bench.command()
+def parity(
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each case.")] = 20,
+    engines: Annotated[str, typer.Option(help="Which, with commas: such as ddp2,fsdp2-4.")] = "all",
+    out: Out = None,
+) -> None:
+    """Whether every engine computes what a single process does: loss, gradient norm, average, figure; on 1, 2 and 4 processes.
+
+    Example: patchmill bench parity --out parity.json
+    """
+    from pipeline.bench.parity import choose_engines, run
+    from pipeline.bench.report import check_out
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench parity", None, "case") as progress:
+        rows = run(steps, choose_engines(engines), progress.update)
+    _report(rows, out)
+    raise typer.Exit(0 if all(row.passed for row in rows) else 1)
+
+
 @app.command()
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Where data and runs go.")] = Path("runs/quickstart"),
@@ -362,9 +390,9 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from pipeline.config import UserError  # pydantic is not needed for --help
+        from pipeline.config import RankLost, UserError  # pydantic is not needed for --help
 
-        if not isinstance(error, UserError):
+        if not isinstance(error, UserError | RankLost):
             raise
         sys.stderr.write(f"patchmill: {error}\n")
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, RankLost) else 2)

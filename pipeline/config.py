@@ -28,11 +28,24 @@ from pipeline.settings import (
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
-__all__ = ["Config", "ConfigError", "UserError", "binding_differences", "find_config", "flatten", "load_config"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "RankLost",
+    "UserError",
+    "binding_differences",
+    "find_config",
+    "flatten",
+    "load_config",
+]
 
 
 class UserError(Exception):
     """A mistake of the user (configuration, missing or broken input): one clear line, exit code 2."""
+
+
+class RankLost(Exception):  # noqa: N818  it says what happened
+    """Another process of the run has ended or does not answer, so this one cannot go on; exit code 1."""
 
 
 class ConfigError(UserError):
@@ -46,7 +59,9 @@ class ConfigError(UserError):
 
 # Settings that may change when a run is resumed: where things lie, how often something is said, how fast it runs.
 FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "data.train", "data.val", "data.jit",
-                  "data.threads", "data.stage_in", "data.eval_crop", "train.micro_batch")  # fmt: skip
+                  "data.threads", "data.stage_in", "data.eval_crop", "train.micro_batch", "engine.name", "engine.shard_size",
+                  "engine.reshard_after_forward", "engine.checkpoint_layers", "engine.compile", "engine.timeout_s",
+                  "engine.interface")  # fmt: skip
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -231,6 +246,17 @@ def _check_average(cfg: Config) -> Iterable[str]:
                    f"{cfg.train.global_batch}; raise optim.ema_batch or optim.{key}")  # fmt: skip
 
 
+def _check_engine(cfg: Config) -> Iterable[str]:
+    engine = cfg.engine
+    if engine.name == "hsdp" and engine.shard_size is None:
+        yield "engine.shard_size: is required and not set: how many processes share one copy, such as the GPUs of a host"
+    if engine.name != "hsdp" and engine.shard_size is not None:
+        yield f"engine.shard_size = {engine.shard_size}: is for engine.name=hsdp (not {engine.name}); leave it out"
+    if engine.name not in ("fsdp2", "hsdp") and not engine.reshard_after_forward:
+        yield (f"engine.reshard_after_forward = False: is for engine.name=fsdp2 or hsdp (not {engine.name}), which alone "
+               "share out the weights; leave it out")  # fmt: skip
+
+
 def _check(cfg: Config) -> Iterable[str]:
     """What no field can see alone."""
     data, train, optim = cfg.data, cfg.train, cfg.optim
@@ -261,6 +287,7 @@ def _check(cfg: Config) -> Iterable[str]:
         yield (f"train.global_batch = {train.global_batch}: should be a multiple of train.micro_batch ({cfg.micro_batch}): "
                f"lower train.micro_batch to {math.gcd(train.global_batch, cfg.micro_batch)}, or take a global batch of "
                f"{math.ceil(train.global_batch / cfg.micro_batch) * cfg.micro_batch}")  # fmt: skip
+    yield from _check_engine(cfg)
     for key in ("ema", "ema_end", "ema_batch"):
         value = getattr(optim, key)
         if value != OptimConfig.model_fields[key].default and not isinstance(cfg.method, PCAEConfig):

@@ -44,24 +44,32 @@ CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 
 
 def decode_threads(wanted: int | None) -> tuple[int, str]:
-    """How many threads decode, and why: ``wanted``, else the CPUs that this process may use, 16 at most."""
+    """How many threads decode, and why: ``wanted``, else this process's share of the CPUs that it may use, 16 at most."""
     if wanted is not None:
         return wanted, "data.threads"
     threads, why = len(os.sched_getaffinity(0)), "the CPUs of this process"
     quota, _, period = CPU_QUOTA.read_text().partition(" ") if CPU_QUOTA.is_file() else ("max", "", "")
     if quota != "max" and int(quota) // int(period) < threads:
         threads, why = max(1, int(quota) // int(period)), "the CPU quota of this control group"
+    # srun gives each process its own CPUs, torchrun and --nproc give all of them to all.
+    sharing = 1 if "SLURM_STEP_ID" in os.environ else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if sharing > 1:
+        threads, why = max(1, threads // sharing), f"{why}, shared by {sharing}"
     return (threads, why) if threads <= MAX_THREADS else (MAX_THREADS, f"at most {MAX_THREADS} by default")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples: images uint8 [B, 3, S, S]; labels, ids and keys int64 [B]. The tensors own their memory."""
+    """B samples: images uint8 [B, 3, S, S]; labels, ids and keys int64 [B]. The tensors own their memory.
+
+    ``batch_key`` int64 [1]: the key of the first sample of the batch that these are a part of.
+    """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
     keys: Tensor
+    batch_key: Tensor
 
 
 Make = Callable[[int, Int64, ThreadPoolExecutor], Batch]
@@ -202,13 +210,13 @@ class Loader(ABC):
         """Where samples ``ids`` [B] are cut in an epoch: int32 [B, 5] as in ``pipeline.crops``."""
         return self.crops.boxes(sample_keys(self._seed, epoch, ids), self._heights[ids], self._widths[ids])
 
-    def batches(self, order: Order, device: torch.device | None = None) -> Batches:
-        """Batches of the sample ids that ``order`` yields with their epoch; consumed on the loader's thread.
+    def batches(self, order: Order, device: torch.device | None = None, part: slice = slice(None)) -> Batches:
+        """Batches of ``part`` of the sample ids that ``order`` yields with their epoch; consumed on the loader's thread.
 
         With a CUDA ``device`` the images of the batches made ahead go there, and nothing waits for the copy but the
         stream that is current where a batch is taken. On any other they stay on the CPU.
         """
-        make = partial(self._make, pinned=device is not None and device.type == "cuda")
+        make = partial(self._make, part=part, pinned=device is not None and device.type == "cuda")
         batches = Batches(make, order, self._threads, device)
         self._open.add(batches)
         return batches
@@ -218,16 +226,17 @@ class Loader(ABC):
         for batches in list(self._open):
             batches.close()
 
-    def _make(self, epoch: int, ids: Int64, pool: ThreadPoolExecutor, pinned: bool) -> Batch:
-        ids = np.array(ids, np.int64)
+    def _make(self, epoch: int, batch_ids: Int64, pool: ThreadPoolExecutor, part: slice, pinned: bool) -> Batch:
+        ids = np.array(batch_ids[part], np.int64)
         boxes = self.boxes(epoch, ids)
         size = self.crops.image_size
         images = torch.empty((len(ids), 3, size, size), dtype=torch.uint8, pin_memory=pinned)
         out = images.numpy()
-        parts = [slice(k, k + SLICE) for k in range(0, len(ids), SLICE)]
-        for job in [pool.submit(self.decode, ids[part], boxes[part], out[part]) for part in parts]:
+        slices = [slice(k, k + SLICE) for k in range(0, len(ids), SLICE)]
+        for job in [pool.submit(self.decode, ids[some], boxes[some], out[some]) for some in slices]:
             job.result()
-        arrays = self._labels[ids], ids, sample_keys(self._seed, epoch, ids)
+        first = np.array(batch_ids[:1], np.int64)
+        arrays = self._labels[ids], ids, *(sample_keys(self._seed, epoch, some) for some in (ids, first))
         return Batch(images, *(torch.from_numpy(array) for array in arrays))
 
 

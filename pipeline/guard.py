@@ -5,6 +5,11 @@ import signal
 from types import FrameType
 from typing import Self
 
+import torch
+import torch.distributed as dist
+
+from pipeline.launch import World
+
 log = logging.getLogger("patchmill")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -55,3 +60,25 @@ class NonFiniteGuard:
                 f"the gradient was not finite in {self.streak} steps in a row, the last one step {step}; the weights are "
                 f"those of step {step - self.streak}. Lower optim.base_lr, set optim.clip, or look at the data."
             )
+
+
+class Agreement:
+    """Whether any rank wants to stop: asked at every step by all, answered one step late, so that nobody waits."""
+
+    def __init__(self, world: World) -> None:
+        """Makes a group of its own: the messages of a step must not meet those of a save."""
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    def __call__(self, wanted: bool) -> bool:
+        """Ask; the answer of the question before, alone at once."""
+        if self._group is None:
+            return wanted
+        answer = False
+        if self._asked is not None:
+            told, work = self._asked
+            work.wait()
+            answer = bool(told.item())
+        told = torch.tensor([int(wanted)])
+        self._asked = told, dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return answer

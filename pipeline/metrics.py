@@ -2,12 +2,15 @@
 
 import functools
 import logging
+import math
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
     from rich.progress import Progress as Bar
     from torch import Tensor
@@ -23,9 +26,10 @@ class Meter:
     share, and ``time``, when the host had issued the step.
     """
 
-    def __init__(self) -> None:
-        """Starts the clock."""
+    def __init__(self, gather: "Callable[[list[float]], list[list[float]]] | None" = None) -> None:
+        """Starts the clock. ``gather`` gives all ranks' numbers, of which the log has the means."""
         self.rows: list[dict[str, float]] = []
+        self._gather = gather
         self._steps: list[tuple[dict[str, Tensor], float]] = []
         self._restart()
 
@@ -58,8 +62,18 @@ class Meter:
         import torch
 
         scalars = [value.float().reshape(()) for logs, _ in self._steps for value in logs.values()]
-        numbers = iter(torch.stack(scalars).tolist() if scalars else [])
-        return [{name: next(numbers) for name in logs} for logs, _ in self._steps]
+        numbers = torch.stack(scalars).tolist() if scalars else []
+        names = [name for logs, _ in self._steps for name in logs]
+        if self._gather is not None and numbers:
+            numbers = [_mean(name, of_ranks) for name, *of_ranks in zip(names, *self._gather(numbers), strict=True)]
+        each = iter(numbers)
+        return [{name: next(each) for name in logs} for logs, _ in self._steps]
+
+
+def _mean(name: str, values: list[float]) -> float:
+    """A monitor's NaN says that one rank had nothing to show; the loss's would be a fault, and stays."""
+    seen = values if name == "loss" else [value for value in values if not math.isnan(value)] or values
+    return sum(seen) / len(seen)
 
 
 def _clock(seconds: float) -> str:
@@ -82,16 +96,17 @@ class Progress:
     A context manager; ``update`` is cheap enough for every step and serves as a ``progress(done, total)`` callback.
     """
 
-    def __init__(self, title: str, total: int | None, unit: str) -> None:
-        """``total`` may come with an update; ``unit`` names one of what is counted, for the rate."""
+    def __init__(self, title: str, total: int | None, unit: str, *, shown: bool = True) -> None:
+        """``total`` may come with an update; ``unit`` names one of what is counted, for the rate. Silent unless ``shown``."""
         self._title, self._total, self._unit = title, total, unit
         self._done, self._text, self._shown, self._shown_at = 0, "", "", 0.0
         self._first: tuple[float, int] | None = None
+        self._quiet = not shown
         self._bar: Bar | None = None
 
     def __enter__(self) -> "Progress":
         """Opens the bar where stderr is a terminal."""
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._quiet:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
@@ -104,6 +119,8 @@ class Progress:
 
     def update(self, done: int, total: int | None = None, text: str = "") -> None:
         """``done`` of ``total`` units are finished; ``text`` stays until the next one, such as ``loss 0.43``."""
+        if self._quiet:
+            return
         now = time.monotonic()
         self._first = self._first or (now, done)  # work that an earlier process did says nothing about the rate
         self._done, self._total, self._text = done, total or self._total, text or self._text
@@ -153,17 +170,21 @@ class _Stderr(logging.StreamHandler[TextIO]):
         """StreamHandler's constructor sets it; there is nothing to keep."""
 
 
-def setup_logging(run_dir: Path | None) -> None:
-    """Send the logger ``patchmill`` to stderr and, with a run folder, to its ``log.txt``; the last call counts."""
+def setup_logging(run_dir: Path | None, rank: int = 0) -> None:
+    """Send the logger ``patchmill`` to stderr and, with a run folder, to its ``log.txt``; the last call counts.
+
+    Of a ``rank`` other than 0 only warnings are shown, with its number.
+    """
     logger = logging.getLogger("patchmill")
     for old in logger.handlers[:]:
         logger.removeHandler(old)
         old.close()
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
     logger.propagate = False
     handlers: list[logging.Handler] = [_Stderr()]
     if run_dir is not None:
         handlers.append(logging.FileHandler(run_dir / "log.txt"))
+    speaker = f"rank {rank}: " if rank else ""
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {speaker}%(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.keys import hash_integers, text_key
 
@@ -239,15 +240,26 @@ def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
     return value
 
 
+def _fill(parameter: Tensor, value: Tensor) -> None:
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(value)
+        return
+    whole = value.to(parameter.device).contiguous()
+    # src_data_rank: every process has made the same value, so none is sent.
+    part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(part.to_local())
+
+
 def initialise(module: nn.Module, seed: int, fixed: Mapping[str, Tensor]) -> None:
     """Fill every parameter in place: ``fixed`` by name, else MAE's rule (Xavier-uniform matrices, N(0, 0.02) tokens).
 
-    Each value is a function of (seed, name) alone. Raises KeyError when ``fixed`` names a parameter that is not there.
+    One whole tensor at a time is made on the CPU; of a sharded parameter each process keeps its part. Each value is a
+    function of (seed, name) alone. Raises KeyError when ``fixed`` names a parameter that is not there.
     """
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name in fixed:
-            parameters[name].copy_(fixed[name])
+            _fill(parameters[name], fixed[name])
         for name, parameter in parameters.items():
             if name not in fixed:
-                parameter.copy_(_initial(name, parameter.shape, seed))
+                _fill(parameter, _initial(name, parameter.shape, seed))

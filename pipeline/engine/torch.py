@@ -1,21 +1,25 @@
-"""The torch engine: one mechanism, ``fully_shard`` over a device mesh; a single process is the mesh (1,).
+"""The torch engines: one mechanism, ``fully_shard`` over a device mesh, and four meshes for W processes.
+
+single (1,); ddp (W, 1), every process holds everything; fsdp2 (W,), each holds a part; hsdp (R, S), R copies in S parts.
 
 Weights, moments and the teacher's average are fp32; with ``engine.precision=bf16`` the parameters are cast for the
 matrix products and gradients are reduced in fp32, without autocast.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pipeline.config import Config
+from pipeline.config import Config, UserError
 from pipeline.engine import StepReport
+from pipeline.engine.layers import checkpoint_layers, compile_layers
 from pipeline.methods import build_method
 from pipeline.methods.common import Draw
 from pipeline.optim import build_optimizer
@@ -30,48 +34,101 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _like(local: Tensor, parameter: Tensor) -> Tensor:
+    """``local``, this process's part of something that lies as ``parameter`` does, as the whole of it."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False,
+                              shape=parameter.shape, stride=parameter.stride())  # fmt: skip
+
+
+def build_mesh(cfg: Config, device: torch.device) -> DeviceMesh:
+    """The mesh of ``engine.name`` over all processes. Raises UserError when they cannot be laid out so."""
+    world, shard = dist.get_world_size(), cfg.engine.shard_size
+    if cfg.engine.name == "hsdp":
+        if shard is None or world % shard:
+            raise UserError(f"engine.shard_size = {shard}: should divide the {world} processes of this run")
+        shape: tuple[int, ...] = (world // shard, shard)
+    else:
+        shape = (world, 1) if cfg.engine.name == "ddp" else (world,)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
 class TorchEngine:
-    """One process on a CPU or a GPU. See ``pipeline.engine.Engine``."""
+    """One of W processes, on a CPU or a GPU. See ``pipeline.engine.Engine``."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
-        """Builds the method with its first weights and shards it."""
+        """Builds the method with its first weights, each process its part. Without a process group it makes one of 1.
+
+        Raises UserError when the processes cannot be laid out as ``engine`` says.
+        """
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        self.device = device
-        self.method = build_method(cfg, device)
-        teacher = self.method.build_teacher()
-        self.teacher = teacher.to_empty(device=device) if teacher is not None else None
-        compute = torch.bfloat16 if cfg.engine.precision == "bf16" else torch.float32
+        self.device, self.cfg = device, cfg
+        self.compute = torch.bfloat16 if cfg.engine.precision == "bf16" else torch.float32
+        mesh = build_mesh(cfg, device)
+        self.method = build_method(cfg, "meta")
+        checkpoint_layers(self.method.layers(), cfg.engine.checkpoint_layers)
+        if cfg.engine.compile:
+            compile_layers(self.method.layers())
+        self._shard_method(mesh)
+        self.named = self._start_weights()
+        self.trained = [parameter for parameter in self.named.values() if parameter.requires_grad]
+        self.optimizer = build_optimizer(self.named.items(), cfg.optim)
+        self._start_teacher(mesh)
+
+    def _shard_method(self, mesh: DeviceMesh) -> None:
         # Images arrive as integers and tokens take the weights' type where they are made: no input is cast.
-        policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-        mesh = init_device_mesh(device.type, (1,))
+        policy = MixedPrecisionPolicy(self.compute, torch.float32, cast_forward_inputs=False)
+        name, reshard = self.cfg.engine.name, self.cfg.engine.reshard_after_forward
         # One process has nothing to gather layer by layer: one unit for the whole method has the least hooks.
+        if name != "single":
+            for layer in self.method.layers():
+                # Where every process holds everything there is nothing to free.
+                fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard and name != "ddp")
         fully_shard(self.method, mesh=mesh, mp_policy=policy)
         # One wrapped entry for all of them: wrapping predict itself would also wrap the call that forward makes to it.
         self.method.read_only = lambda name, *args: getattr(self.method, name)(*args)
         register_fsdp_forward_method(self.method, "read_only")
-        self.method.train()
-        self.named = dict(self.method.named_parameters())
-        self.trained = [parameter for parameter in self.named.values() if parameter.requires_grad]
-        self.optimizer = build_optimizer(self.named.items(), cfg.optim)
-        self._start_teacher(compute)
 
-    def _start_teacher(self, compute: torch.dtype) -> None:
-        """The average starts as the encoder; positions never move, so only trained parameters are averaged."""
+    def _start_weights(self) -> dict[str, nn.Parameter]:
+        self.method.to_empty(device=self.device).train()
+        named = dict(self.method.named_parameters())
+        with torch.no_grad():
+            for parameter in named.values():
+                _local(parameter).fill_(math.nan)
+        self.method.reset_parameters()
+        empty = [name for name, parameter in named.items() if not bool(_local(parameter).isfinite().all())]
+        if empty:
+            raise RuntimeError(f"reset_parameters left {', '.join(empty)} without a value")
+        return named
+
+    def _start_teacher(self, mesh: DeviceMesh) -> None:
+        """The average starts as the encoder; positions never move, so only trained parameters are averaged.
+
+        It is fp32 and lies as the weights do; the module that is handed to the method is a copy in compute precision.
+        """
         self.ema: dict[str, Tensor] = {}
+        with torch.device("meta"):
+            self.teacher = self.method.build_teacher()
         if self.teacher is None:
             return
-        self.teacher.to(compute)
+        self.teacher.to(self.compute)
+        if self.cfg.engine.name in ("fsdp2", "hsdp"):
+            for block in self.teacher.blocks:
+                fully_shard(block, mesh=mesh)
+            # By default the root would stay whole after a forward pass, and refreshing its parts would change nothing.
+            fully_shard(self.teacher, mesh=mesh, reshard_after_forward=True)
+        self.teacher.to_empty(device=self.device)
         source = {name: _local(self.named[f"encoder.{name}"]).detach() for name, _ in self.teacher.named_parameters()}
         self.ema = {
             name: value.clone() for name, value in source.items() if self.named[f"encoder.{name}"].requires_grad
         }
         self._masters = [source[name] for name in self.ema]
-        with torch.no_grad():
-            for name, parameter in self.teacher.named_parameters():
-                parameter.copy_(source[name])
-        twins = dict(self.teacher.named_parameters())
+        twins = {name: _local(parameter).detach() for name, parameter in self.teacher.named_parameters()}
+        for name, twin in twins.items():
+            twin.copy_(source[name])
         self._twins = [twins[name] for name in self.ema]
 
     def _refresh_teacher(self) -> None:
@@ -113,13 +170,18 @@ class TorchEngine:
         try:
             return self.method.read_only(name, images.to(self.device), draw.to(self.device), self.teacher)
         finally:
-            self.method.reshard()  # the root stays gathered after a forward pass, and would miss the next update or load
+            # What stays gathered after a forward pass would miss the next update or load.
+            for module in self.method.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
             self.method.train(training)
 
     def state(self) -> dict[str, Tensor]:
         """See ``Engine.state``."""
         state = {f"model.{name}": parameter.detach() for name, parameter in self.named.items()}
-        state |= {f"ema.encoder.{name}": value for name, value in self.ema.items()}
+        state |= {
+            f"ema.encoder.{name}": _like(value, self.named[f"encoder.{name}"]) for name, value in self.ema.items()
+        }
         for name, parameter in self.named.items():
             state |= {f"{kind}.{name}": value for kind, value in self.optimizer.state.get(parameter, {}).items()}
         return state

@@ -17,8 +17,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -147,21 +145,24 @@ def losses(preset: str) -> list[float]:
     from pipeline import order
     from pipeline.config import load_config
     from pipeline.engine.torch import TorchEngine
+    from pipeline.launch import World
+    from pipeline.optim import lr_at, momentum_at
     from pipeline.order import Plan
     from pipeline.runs import open_images
-    from pipeline.train import Trainer
+    from pipeline.train import Portion, update
 
     size = TEST_SIZE | (TEST_SIZE_IMAGENET if preset.startswith("imagenet/") else {})
     cfg = load_config([CONFIGS / f"{preset}.yaml"], [f"{key}={value}" for key, value in size.items()])
     loader = open_images(cfg, "train", augment=True)
-    run: Any = SimpleNamespace(cfg=cfg, plan=Plan.of(cfg, loader.num_samples), step=0,
-                               engine=TorchEngine(cfg, torch.device("cpu")))  # fmt: skip
+    plan, portion = Plan.of(cfg, loader.num_samples), Portion.of(cfg, World())
+    engine = TorchEngine(cfg, torch.device("cpu"))
     found = []
     steps = order.run_order(cfg.train.seed, 0, STEPS, loader.num_samples, cfg.train.global_batch)
     with loader.batches(steps) as batches:
-        for batch in batches:
-            found.append(float(Trainer._update(run, batch)[1]["loss"]))
-            run.step += 1
+        for step, batch in enumerate(batches):
+            lr = lr_at(step, plan.total_steps, plan.warmup_steps, cfg.lr)
+            momentum = momentum_at(step, plan.total_steps, *cfg.momentum)
+            found.append(float(update(engine, batch, portion, lr, cfg.optim.clip, momentum)["loss"]))
     loader.close()
     return found
 

@@ -69,7 +69,7 @@ def test_batches_are_made_for_the_device_that_computes(tmp_path, monkeypatch):
         Loader, "batches", lambda self, order, *device: devices.append(device) or batches(self, order, *device)
     )
     assert run_it(tmp_path / "run") == 0
-    assert devices[0] == (torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),)
+    assert devices[0][0] == (torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
 def test_the_micro_batch_changes_nothing_but_rounding(finished, tmp_path):

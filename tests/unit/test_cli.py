@@ -11,7 +11,8 @@ from pipeline.cli import app, main
 
 VERBS = [["train"], ["check"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"], ["eval", "linear"],
          ["visualize"], ["export"], ["sync"], ["bench", "data"], ["bench", "methods"],
-         ["bench", "attention"], ["quickstart"]]  # fmt: skip
+         ["bench", "attention"],
+    ["bench", "parity"], ["quickstart"]]  # fmt: skip
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import plain_set
@@ -21,6 +22,7 @@ from pipeline.config import Config, ConfigError, UserError, load_config
 from pipeline.data import open_loader
 from pipeline.guard import StopRequest
 from pipeline.keys import Int64
+from pipeline.launch import World
 from pipeline.order import Windows
 
 SOME = settings(max_examples=50, deadline=None)
@@ -288,7 +290,7 @@ def test_training_reads_the_order_that_is_asked_for(
         cfg = tiny_config("mae", data__loader="ffcv", data__train=beton, data__jit="off", data__shuffle=shuffle,
                           data__window_pages=1, train__global_batch=4, train__steps=6, tracking__uri="none")  # fmt: skip
         (tmp_path / shuffle).mkdir()
-        train.Trainer(cfg, tmp_path / shuffle).run(StopRequest())
+        train.Trainer(cfg, tmp_path / shuffle, World(), torch.device("cpu")).run(StopRequest())
         pages = check_seal(beton).table["ptr"] // check_seal(beton).page_size
         windows = Windows(pages.astype(np.int64), 1) if shuffle == "windowed" else None
         walk = order.run_order(cfg.train.seed, 0, 6, 12, 4, (), windows)

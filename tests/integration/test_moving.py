@@ -1,0 +1,112 @@
+"""A checkpoint moves between engines and numbers of processes: every tensor bit for bit, and the losses go on."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline import checkpoint, order
+from pipeline.bench.parity import CLIP, ENGINES, LR, MOMENTUM, Case, whole
+from pipeline.engine.torch import TorchEngine
+from pipeline.launch import World
+from pipeline.runs import open_images
+from pipeline.train import Portion, update
+
+CYCLE = ("single", "ddp2", "fsdp2-4", "ddp4", "hsdp2x2", "fsdp2-2", "single")
+STEPS = 5  # of each engine in its turn
+
+
+def train_on(world: World, method: str, engine_name: str, first: int, former: Path | None, out: Path) -> None:
+    """Take over a checkpoint, train some steps and write another; the main rank also writes what it found and saw."""
+    cfg = Case(method, engine_name).config()
+    engine, loader = TorchEngine(cfg, torch.device("cpu")), open_images(cfg, "train", augment=True)
+    if former is not None:
+        tensors = engine.state()
+        checkpoint.load(former, tensors)
+        engine.load(tensors)
+    state, portion = whole(engine.state()), Portion.of(cfg, world)
+    losses, seen = [], []
+    ids = order.run_order(cfg.train.seed, first, first + STEPS, loader.num_samples, cfg.train.global_batch)
+    with loader.batches(ids, None, portion.samples) as batches:
+        for batch in batches:
+            loss = update(engine, batch, portion, LR, CLIP, MOMENTUM)["loss"].clone()
+            dist.all_reduce(loss)
+            losses.append(float(loss) / world.size)
+            seen += [i for ids in world.gather(batch.ids.tolist()) for i in ids]
+    checkpoint.save(out, first + STEPS, engine.state(), {"config": None}, world)
+    if world.is_main:
+        save_file(state, f"{out}.start.safetensors")
+        Path(f"{out}.json").write_text(json.dumps({"losses": losses, "seen": seen}))
+
+
+def _work(rank: int, size: int, *args: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{args[-1]}.store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    train_on(World(rank, size, rank, dist.group.WORLD), *args)
+    dist.destroy_process_group()
+
+
+def hop(method: str, engine: str, first: int, former: Path | None, out: Path) -> Path:
+    size = ENGINES[engine][0]
+    if size == 1:
+        train_on(World(), method, engine, first, former, out)
+    else:
+        mp.start_processes(_work, (size, method, engine, first, former, out), size, start_method="spawn")
+    return out / checkpoint.name_of(first + STEPS)
+
+
+def losses_of(path: Path) -> list[float]:
+    return json.loads(Path(f"{path.parent}.json").read_text())["losses"]
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors, as a single process reads them."""
+    cfg = Case(path.parent.name.split("_")[0], "single").config()
+    tensors = TorchEngine(cfg, torch.device("cpu")).state()
+    checkpoint.load(path, tensors)
+    return {name: value.clone() for name, value in whole(tensors).items()}
+
+
+@pytest.fixture(scope="module", params=["pcae", pytest.param("randsac", marks=pytest.mark.slow)])
+def cycle(request, tmp_path_factory) -> Iterator[tuple[str, list[Path]]]:
+    """The checkpoints of a run that goes round all engines, by a method."""
+    folder, former, found = tmp_path_factory.mktemp("cycle"), None, []
+    for turn, engine in enumerate(CYCLE):
+        former = hop(request.param, engine, turn * STEPS, former, folder / f"{request.param}_{turn}")
+        found.append(former)
+    yield request.param, found
+
+
+def test_each_engine_takes_over_every_tensor_bit_for_bit(cycle):
+    _, path = cycle
+    for former, later in zip(path, path[1:], strict=False):
+        expected = stored(former)
+        found = load_file(f"{later.parent}.start.safetensors")
+        assert found.keys() == expected.keys()
+        assert any(name.startswith("exp_avg_sq.") for name in found)
+        assert all(torch.equal(found[name], expected[name]) for name in found), later
+
+
+def test_the_losses_go_on_as_on_a_single_process(cycle, tmp_path):
+    method, path = cycle
+    for turn, (former, later) in enumerate(zip(path, path[1:], strict=False), 1):
+        alone = hop(method, "single", turn * STEPS, former, tmp_path / f"{method}_{turn}")
+        np.testing.assert_allclose(losses_of(later), losses_of(alone), rtol=1e-6, err_msg=CYCLE[turn])
+
+
+def test_no_sample_comes_twice_in_an_epoch(cycle):
+    method, path = cycle
+    cfg = Case(method, "single").config()
+    seen = [i for where in path for i in json.loads(Path(f"{where.parent}.json").read_text())["seen"]]
+    assert len(set(seen)) == len(seen) == len(CYCLE) * STEPS * cfg.train.global_batch
+    expected = order.epoch_permutation(cfg.train.seed, 0, cfg.data.num_samples)[: len(seen)]
+    assert sorted(seen) == sorted(expected.tolist())
