@@ -20,6 +20,8 @@ from pipeline.launch import World
 from pipeline.runs import open_images
 from pipeline.train import Portion, update
 
+pytestmark = pytest.mark.timeout(900)  # starting processes on a busy machine takes minutes
+
 CYCLE = ("single", "ddp2", "fsdp2-4", "ddp4", "hsdp2x2", "fsdp2-2", "single")
 STEPS = 5  # of each engine in its turn
 

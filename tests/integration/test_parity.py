@@ -5,6 +5,8 @@ import pytest
 from pipeline.bench.parity import ENGINES, Case, Trace, choose_engines, compare, reference, require_telling, trace_cases
 from pipeline.config import UserError
 
+pytestmark = pytest.mark.timeout(900)  # starting processes on a busy machine takes minutes
+
 SHARDED = [name for name in ENGINES if name != "single"]
 EXACT = [Case(method, engine) for method in ("pcae", "randsac") for engine in SHARDED] + [Case("mae", "fsdp2-2")]
 ROUNDED = [Case("pcae", engine, "bf16") for engine in ("ddp2", "fsdp2-2")]

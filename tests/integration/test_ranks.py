@@ -16,6 +16,8 @@ from pipeline.config import UserError
 from pipeline.launch import find_place
 from pipeline.runlog import read_log
 
+pytestmark = pytest.mark.timeout(900)  # starting processes on a busy machine takes minutes
+
 SETTINGS = [
     "method.name=pcae",
     "model.name=vit_p",
@@ -77,7 +79,7 @@ def test_ddp_on_four_ranks_restarts_bit_equal_after_a_killed_rank_and_a_signal(u
     wait_for_step(process, run, 6)
     victim = ranks_of(process)[2]
     victim.kill()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=180) == 1
     said = process.stderr.read()
     assert "rank 2 was killed by SIGKILL" in said
     assert "has lost another rank" in said
@@ -88,7 +90,7 @@ def test_ddp_on_four_ranks_restarts_bit_equal_after_a_killed_rank_and_a_signal(u
     wait_for_step(process, run, 11)
     others = ranks_of(process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75, process.stderr.read()
+    assert process.wait(timeout=180) == 75, process.stderr.read()
     assert not any(other.is_running() for other in others)
     assert json.loads((run / "why_stopped.json").read_text())["reason"] == "stopped by SIGTERM"
 
@@ -108,13 +110,13 @@ def test_one_rank_that_gets_a_signal_stops_all_and_other_engines_go_on(undisturb
     process = start(run, "engine.name=fsdp2", "--nproc", "2")
     wait_for_step(process, run, 5)
     ranks_of(process)[1].send_signal(signal.SIGUSR2)
-    assert process.wait(timeout=60) == 75, process.stderr.read()
+    assert process.wait(timeout=180) == 75, process.stderr.read()
     assert not (run / "log.discarded.jsonl").exists(), "a signal must lose no step"
     for more in (["train.micro_batch=8"], ["engine.name=hsdp", "engine.shard_size=2", "--nproc", "4"]):
         process, before = start(run, *more), steps_of(run)
         wait_for_step(process, run, before + 4)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 75, process.stderr.read()
+        assert process.wait(timeout=180) == 75, process.stderr.read()
     process = start(run, "engine.name=ddp", "--nproc", "2")
     assert process.wait() == 0, process.stderr.read()
     for found, expected in zip(curve(run), undisturbed, strict=True):
@@ -145,7 +147,7 @@ def test_broken_checkpoints_are_passed_over_and_never_started_over(tmp_path):
     assert f"resume pcae vit_p: step {int(older.name.removeprefix('step-'))} of 24" in said
     (older / "state.json").write_text("{}")
     process = start(run, *more)
-    assert process.wait(timeout=60) == 2
+    assert process.wait(timeout=180) == 2
     said = process.stderr.read()
     assert said.count("patchmill: every checkpoint in") == 1
     assert "Traceback" not in said
@@ -169,7 +171,7 @@ def test_broken_checkpoints_are_passed_over_and_never_started_over(tmp_path):
 )
 def test_a_mistake_is_said_once_and_ends_all_ranks(tmp_path, more, message):
     process = start(tmp_path / "run", *more, "--nproc", "2")
-    assert process.wait(timeout=60) == 2
+    assert process.wait(timeout=180) == 2
     said = process.stderr.read()
     assert said.count("patchmill: ") == 1
     assert message in said
@@ -195,7 +197,7 @@ def place(rank: int, port: str) -> dict[str, str]:
 def test_ranks_of_different_configurations_do_not_start(tmp_path):
     port, more = free_port(), ("engine.name=ddp", "engine.timeout_s=60")
     ranks = [start(tmp_path / "run", *more, f"train.seed={seed}", **place(seed, port)) for seed in (0, 1)]
-    assert [rank.wait(timeout=90) for rank in ranks] == [2, 2]
+    assert [rank.wait(timeout=180) for rank in ranks] == [2, 2]
     for rank in ranks:
         assert "rank 1 on" in (said := rank.stderr.read())
         assert "train.seed = 1 instead of 0" in said
@@ -204,7 +206,7 @@ def test_ranks_of_different_configurations_do_not_start(tmp_path):
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     rank = start(tmp_path / "run", "engine.name=ddp", "engine.timeout_s=3", **place(0, free_port()))
-    assert rank.wait(timeout=60) == 2
+    assert rank.wait(timeout=180) == 2
     assert "of 2 ranks 1 have not come within engine.timeout_s = 3 s" in rank.stderr.read()
 
 
@@ -214,7 +216,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         taken.listen()
         port = str(taken.getsockname()[1])
         rank = start(tmp_path / "run", "engine.name=ddp", "engine.timeout_s=3", **place(0, port))
-        assert rank.wait(timeout=60) == 2
+        assert rank.wait(timeout=180) == 2
         assert f"MASTER_PORT = {port}: rank 0 cannot listen there" in rank.stderr.read()
 
 
