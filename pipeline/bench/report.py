@@ -32,14 +32,14 @@ def _cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def write_report(path: Path, rows: Sequence[Any]) -> None:
-    """Write dataclass ``rows`` with hardware, versions, load average (1, 5, 15 minutes), date and command line."""
+def write_report(path: Path, rows: Sequence[Any], **facts: str) -> None:
+    """Write dataclass ``rows`` with hardware, versions, load average (1, 5, 15 minutes), date, command line and ``facts``."""
     report = {
         "command": shlex.join(["patchmill", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {"cpu": _cpu_model(), "cpus": os.cpu_count()},
         "load_average": os.getloadavg(),
-        "statistic": "fastest of the rounds",
+        **facts,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "rows": [asdict(row) for row in rows],
     }
