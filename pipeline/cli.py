@@ -390,9 +390,9 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from pipeline.config import RankLost, UserError  # pydantic is not needed for --help
+        from pipeline.config import RunFailed, UserError  # pydantic is not needed for --help
 
-        if not isinstance(error, UserError | RankLost):
+        if not isinstance(error, UserError | RunFailed):
             raise
         sys.stderr.write(f"patchmill: {error}\n")
-        sys.exit(1 if isinstance(error, RankLost) else 2)
+        sys.exit(1 if isinstance(error, RunFailed) else 2)

@@ -32,6 +32,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "RankLost",
+    "RunFailed",
     "UserError",
     "binding_differences",
     "find_config",
@@ -44,8 +45,12 @@ class UserError(Exception):
     """A mistake of the user (configuration, missing or broken input): one clear line, exit code 2."""
 
 
-class RankLost(Exception):  # noqa: N818  it says what happened
-    """Another process of the run has ended or does not answer, so this one cannot go on; exit code 1."""
+class RunFailed(Exception):  # noqa: N818  it says what happened
+    """A run that cannot go on, for a reason that is known and not a mistake in the command: one clear line, exit code 1."""
+
+
+class RankLost(RunFailed):
+    """Another process of the run has ended or does not answer."""
 
 
 class ConfigError(UserError):
@@ -58,7 +63,7 @@ class ConfigError(UserError):
 
 
 # Settings that may change when a run is resumed: where things lie, how often something is said, how fast it runs.
-FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "data.train", "data.val", "data.jit",
+FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "profile.", "data.train", "data.val", "data.jit",
                   "data.threads", "data.stage_in", "data.eval_crop", "train.micro_batch", "engine.name", "engine.shard_size",
                   "engine.reshard_after_forward", "engine.checkpoint_layers", "engine.compile", "engine.timeout_s",
                   "engine.interface")  # fmt: skip

@@ -194,6 +194,10 @@ def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
     if cfg.engine.interface is not None:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ[name] = cfg.engine.interface
+    if device.type == "cuda":
+        # What each rank has told NCCL, written when a collective takes too long: read it with torchfrtrace.
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{cfg.run.dir}/ranks/nccl-")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     store, timeout = _meet(cfg, place), timedelta(seconds=cfg.engine.timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=PrefixStore("train", store), rank=int(place["RANK"]), world_size=size,

@@ -155,6 +155,18 @@ def data_position(step: int, skipped_ranges: Sequence[tuple[int, int]] = ()) -> 
     return position
 
 
+def leave_out(skipped_ranges: Sequence[tuple[int, int]], first_step: int, last_step: int) -> list[tuple[int, int]]:
+    """``skipped_ranges`` with the batches that the steps [first_step, last_step) have read left out too."""
+    new = data_position(first_step, skipped_ranges), data_position(last_step - 1, skipped_ranges) + 1
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted([*skipped_ranges, new]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+        else:
+            merged.append((start, stop))
+    return merged
+
+
 def _upcoming(seed: int, step: int, global_batch: int, windows: Windows, last_epoch: int) -> list[tuple[int, int]]:
     """(epoch, window) of the windows that a step reads and of the one that is read after them."""
     per_epoch = steps_per_epoch(len(windows.pages), global_batch)

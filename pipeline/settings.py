@@ -227,8 +227,12 @@ class EvalConfig(Section):
     """The probes: cosine kNN with weights exp(similarity / temperature), linear heads, softmax regression with an L2 penalty.
 
     A linear head is trained for ``linear_epochs`` of batches of ``linear_batch`` at each rate of ``linear_lrs``.
+    During pretraining the loss on ``loss_images`` of data.val is taken every ``loss_every`` steps, always of the same crops
+    and draws; in whole global batches, one at least.
     """
 
+    loss_every: Positive | None = None
+    loss_images: Positive = 4096
     batch_size: Positive = 256
     knn_k: Positive = 20
     knn_temperature: Annotated[float, Field(gt=0)] = 0.07
@@ -241,9 +245,28 @@ class EvalConfig(Section):
 
 
 class GuardConfig(Section):
-    """Stop after ``max_nonfinite`` skipped steps in a row."""
+    """What ends or saves a run in trouble.
+
+    After ``max_nonfinite`` steps in a row whose gradient is not finite the run goes back to its newest checkpoint and
+    leaves their batches out; after ``max_rollbacks`` of that without a checkpoint that is newer than the trouble it stops.
+    A process that makes no progress for ``hang_s`` seconds ends with a line that says which one hangs, and where; the first
+    steps have ``engine.timeout_s``.
+    """
 
     max_nonfinite: Positive = 10
+    max_rollbacks: NonNegative = 3
+    hang_s: Positive = 300
+
+
+class ProfileConfig(Section):
+    """A profile of ``num_steps`` steps from ``start_step`` on, by every process, in the run's ``profile`` folder.
+
+    ``memory`` records CUDA's allocations from the start on: a snapshot at the profile's end and when memory runs out.
+    """
+
+    start_step: Positive | None = None
+    num_steps: Positive = 3
+    memory: bool = False
 
 
 class Config(Section):
@@ -261,6 +284,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     eval: EvalConfig = EvalConfig()
     guard: GuardConfig = GuardConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def shape(self) -> ModelShape:

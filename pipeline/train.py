@@ -1,34 +1,34 @@
 """Training: build in order, then the loop. The only module that sees everything."""
 
 import logging
-import math
 import os
 import platform
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline import checkpoint, order
-from pipeline.config import Config, UserError, flatten
-from pipeline.data import Batch, decode_threads
+from pipeline.config import Config, RunFailed, UserError, flatten
+from pipeline.data import Batches, decode_threads
 from pipeline.engine import Engine
 from pipeline.engine.torch import TorchEngine
 from pipeline.estimate import flops_per_image
-from pipeline.guard import Agreement, NonFiniteGuard, StopRequest
+from pipeline.guard import Agreement, Heartbeat, NonFinite, NonFiniteGuard, StopRequest, Stragglers
+from pipeline.heldout import HeldOut
 from pipeline.launch import World, connect
-from pipeline.metrics import Meter, Progress, setup_logging
+from pipeline.metrics import Progress, setup_logging
 from pipeline.optim import lr_at, momentum_at
 from pipeline.order import Plan
+from pipeline.profiling import Profiler
 from pipeline.runs import open_images, open_run, write_why
+from pipeline.saver import Saved, Saver
+from pipeline.steps import Portion, Silent, StepBuffer, update
 from pipeline.tracking import MlflowSink, RunLog, discard_after, read_log, resolve_uri
 
 log = logging.getLogger("patchmill")
@@ -36,92 +36,9 @@ log = logging.getLogger("patchmill")
 DONE, STOPPED = 0, 75
 
 
-@dataclass(frozen=True)
-class Portion:
-    """What one rank does of a global batch: ``samples`` of it, in ``num_micro`` micro-batches of ``micro`` images."""
-
-    samples: slice
-    micro: int
-    num_micro: int
-
-    @classmethod
-    def of(cls, cfg: Config, world: World) -> "Portion":
-        """Raises UserError when the ranks and micro-batches do not divide the global batch."""
-        batch = cfg.train.global_batch
-        if batch % world.size:
-            raise UserError(
-                f"train.global_batch = {batch}: should be a multiple of the {world.size} processes of this run"
-            )
-        share = batch // world.size
-        micro = share if cfg.train.micro_batch == "auto" else cfg.train.micro_batch
-        if share % micro:
-            raise UserError(f"train.micro_batch = {micro}: should divide {share}, the images of each of {world.size} processes "
-                            f"in a batch of {batch}; take {math.gcd(share, micro)}")  # fmt: skip
-        return cls(slice(world.rank * share, (world.rank + 1) * share), micro, share // micro)
-
-
-class _Silent:
-    """The log and the sink of a rank that is not the main one."""
-
-    def write(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return {}
-
-    def log(self, *_: Any) -> None:
-        pass
-
-    log_figure = close = log
-
-
-class StepBuffer:
-    """Training lines whose numbers are still on the device; one transfer a log interval turns them into log lines."""
-
-    def __init__(self, batch: int, run_log: "RunLog | _Silent", sink: "MlflowSink | _Silent", guard: NonFiniteGuard,
-                 world: World) -> None:  # fmt: skip
-        """Lines of steps of ``batch`` images go to ``run_log`` first, then to ``sink``."""
-        self.batch, self.run_log, self.sink, self.guard = batch, run_log, sink, guard
-        self.meter, self.known = Meter(world.gather if world.size > 1 else None), list[dict[str, float]]()
-
-    def add(self, step: int, epoch: int, lr: float, scalars: dict[str, Tensor], waited_s: float) -> None:
-        """One step's device scalars, and the seconds it waited for data."""
-        self.meter.add(scalars, self.batch, waited_s)
-        self.known.append({"step": step, "samples_seen": step * self.batch, "epoch": epoch, "lr": lr})
-
-    def flush(self) -> dict[str, float]:
-        """Write a line a step and restart the clock; returns the interval's means. Raises NonFinite by the guard's verdict."""
-        means = self.meter.flush()
-        known, self.known = self.known, []
-        verdicts = []
-        for fields, row in zip(known, self.meter.rows, strict=True):
-            skipped = bool(row.pop("skipped"))
-            verdicts.append((int(fields["step"]), skipped))
-            if skipped:
-                self.run_log.write("skip", step=fields["step"], reason="the gradient is not finite")
-            self.sink.log(int(fields["step"]), self.run_log.write("train", **fields, **row))
-        for verdict in verdicts:
-            self.guard.observe(*verdict)
-        return means
-
-
 def _versions() -> dict[str, str]:
     names = ("patchmill", "torch", "timm", "ffcv", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def update(
-    engine: Engine, batch: Batch, portion: Portion, lr: float, clip: float | None, momentum: float
-) -> dict[str, Tensor]:
-    """One optimizer step on this rank's part of a global batch: the step's device scalars."""
-    micro, parts = portion.micro, dict[str, list[Tensor]]()
-    for index in range(portion.num_micro):
-        part = slice(index * micro, (index + 1) * micro)
-        draw = engine.method.draw(batch.keys[part], batch.batch_key)
-        logs = engine.micro_step(batch.images[part], draw, portion.num_micro, index == portion.num_micro - 1)
-        for name, value in logs.items():
-            parts.setdefault(name, []).append(value)
-    # A monitor's NaN says that one micro-batch had nothing to show; the loss's would be a fault, and stays.
-    scalars = {n: torch.stack(v).mean() if n == "loss" else torch.stack(v).nanmean() for n, v in parts.items()}
-    report = engine.step(lr, clip, momentum)
-    return {**scalars, "grad_norm": report.grad_norm, "skipped": report.skipped}
 
 
 class Trainer:
@@ -138,31 +55,29 @@ class Trainer:
             self.portion = Portion.of(cfg, world)
             self.loader = open_images(cfg, "train", augment=True)
             self.plan = Plan.of(cfg, self.loader.num_samples)
+            self.heldout = HeldOut(cfg) if cfg.eval.loss_every else None
         self._require_same_images()
-        with world.together():
-            self.engine: Engine = TorchEngine(cfg, device)
-        self.skipped_ranges: list[tuple[int, int]] = []
-        with world.together():
-            chosen = checkpoint.choose(self.checkpoints) if world.is_main else None
-        path = world.from_main(chosen)
-        with world.together():
-            self.step = self._resume(path)
-        self.restarts = 0
-        self.run_log: RunLog | _Silent = _Silent()
-        self.sink: MlflowSink | _Silent = _Silent()
+        self.restarts, self.rollbacks, self.trouble = 0, 0, 0
+        self.profiler = Profiler(cfg, folder, world)
+        self._take_up()
+        self.sink: MlflowSink | Silent = Silent()
         if world.is_main:
-            self._open_log()
-        self.agreement = Agreement(world)
-        self.buffer = StepBuffer(cfg.train.global_batch, self.run_log, self.sink, self.guard, world)
+            self.restarts = sum(line["kind"] == "resume" for line in read_log(folder / "log.jsonl"))
+            self._keep_seal()
+            self.sink = MlflowSink(folder, resolve_uri(cfg.tracking.uri, folder), cfg.tracking.experiment, folder.name,
+                                   params=flatten(cfg.model_dump(mode="json")), tags={"method": cfg.method.name})  # fmt: skip
+        self._open_log()
+        self.agreement, self.stragglers = Agreement(world), Stragglers(world, device)
+        self.saver = Saver(self.checkpoints, cfg.checkpoint.keep, world, device)
 
     def _open_log(self) -> None:
-        cfg, folder = self.cfg, self.folder
-        self.restarts = sum(line["kind"] == "resume" for line in read_log(folder / "log.jsonl"))
-        discard_after(folder, self.step)
-        self._keep_seal()
-        self.run_log = RunLog(folder / "log.jsonl")
-        self.sink = MlflowSink(folder, resolve_uri(cfg.tracking.uri, folder), cfg.tracking.experiment, folder.name,
-                               params=flatten(cfg.model_dump(mode="json")), tags={"method": cfg.method.name})  # fmt: skip
+        """The log without what lies past the step at hand."""
+        self.run_log: RunLog | Silent = Silent()
+        if self.world.is_main:
+            discard_after(self.folder, self.step)
+            self.run_log = RunLog(self.folder / "log.jsonl")
+        self.buffer = StepBuffer(self.cfg.train.global_batch, self.engine.trained_names, self.run_log, self.sink,
+                                 self.guard, self.world)  # fmt: skip
 
     def _require_same_images(self) -> None:
         for rank, other in enumerate(self.world.gather(self.loader.image_set)):
@@ -170,12 +85,27 @@ class Trainer:
                 raise UserError(f"data.train = {self.cfg.data.train}: rank {rank} and rank {self.world.rank} hold different image "
                                 f"sets ({other[:12]} and {self.loader.image_set[:12]}); give all hosts the same file")  # fmt: skip
 
-    def _resume(self, path: Path | None) -> int:
-        """Load the newest whole checkpoint; the step it holds, or 0."""
+    def _take_up(self, *, before_streak: bool = False) -> None:
+        """An engine with the state of the newest whole checkpoint, or with its first weights.
+
+        ``before_streak``: where steps that were not finite had begun, that is the state before the first of them.
+        """
+        with self.world.together():
+            self.engine: Engine = TorchEngine(self.cfg, self.device)
+        with self.world.together():
+            chosen = checkpoint.choose(self.checkpoints) if self.world.is_main else None
+        path = self.world.from_main(chosen)
         state: dict[str, Any] = checkpoint.read_state(path) if path else {}
-        self.guard = NonFiniteGuard(self.cfg.guard.max_nonfinite, state.get("nonfinite_streak", 0))
-        if path is None:
-            return 0
+        with self.world.together():
+            if path is not None:
+                self._load(path, state)
+        streak = state.get("nonfinite_streak", 0)
+        self.guard = NonFiniteGuard(self.cfg.guard.max_nonfinite, 0 if before_streak else streak)
+        self.skipped_ranges = [tuple(pair) for pair in state.get("skipped_ranges", [])]
+        self.step = int(state.get("step", 0)) - (streak if before_streak else 0)
+        self.saved_step = self.step if path else None
+
+    def _load(self, path: Path, state: Mapping[str, Any]) -> None:
         if state["image_set"] != self.loader.image_set:
             raise UserError(f"data.train = {self.cfg.data.train}: holds another image set than the one that {path} was trained "
                             f"on ({self.loader.image_set[:12]} instead of {state['image_set'][:12]})")  # fmt: skip
@@ -185,8 +115,6 @@ class Trainer:
         tensors = self.engine.state()
         checkpoint.load(path, tensors)
         self.engine.load(tensors)
-        self.skipped_ranges = [tuple(pair) for pair in state["skipped_ranges"]]
-        return int(state["step"])
 
     def _keep_seal(self) -> None:
         """The data's seal in the run folder: what these images were stays known when the file is gone."""
@@ -194,29 +122,39 @@ class Trainer:
         if self.cfg.data.loader == "ffcv" and seal.is_file():
             shutil.copyfile(seal, self.folder / "data_seal.json")
 
-    def save(self) -> bool:
-        """Save and retain; on failure the last good checkpoint stays, the log says so, and training goes on."""
-        self.buffer.flush()
-        state = {
+    def _save(self) -> None:
+        """Begin to save; a save that still goes on is waited for."""
+        self.heart.beat("save", self.step)
+        self._report(self.saver.wait())
+        self.saver.start(self.step, self.engine.state(), {
             "samples_seen": self.step * self.cfg.train.global_batch, "skipped_ranges": self.skipped_ranges,
             "nonfinite_streak": self.guard.streak, "image_set": self.loader.image_set,
             "torch_threads": torch.get_num_threads(), "config": self.cfg.model_dump(mode="json"), "versions": _versions(),
-        }  # fmt: skip
-        started = time.perf_counter()
-        try:
-            path = checkpoint.save(self.checkpoints, self.step, self.engine.state(), state, self.world)
-        except checkpoint.CheckpointError as error:
-            log.error("%s; the last good checkpoint stays, training goes on", error)
-            self.run_log.write("checkpoint", step=self.step, saved=False, reason=str(error))
-            return False
-        finally:
-            self.buffer.flush()  # the pause is not training time
-        if self.world.is_main:
-            checkpoint.retain(self.checkpoints, self.cfg.checkpoint.keep)
-        self.run_log.write(
-            "checkpoint", step=self.step, saved=True, path=path.name, seconds=time.perf_counter() - started
-        )
-        return True
+        })  # fmt: skip
+        self.buffer.flush()  # the pause is not training time
+
+    def _report(self, saved: Saved | None) -> None:
+        """On failure the last good checkpoint stays, the log says so, and training goes on."""
+        if saved is None:
+            return
+        if saved.path is None:
+            log.error("%s; the last good checkpoint stays, training goes on", saved.reason)
+            self.run_log.write("checkpoint", step=saved.step, saved=False, reason=saved.reason)
+            return
+        self.saved_step = saved.step
+        if saved.step > self.trouble:
+            self.rollbacks = 0
+        self.run_log.write("checkpoint", step=saved.step, saved=True, path=saved.path.name, seconds=saved.seconds,
+                           stall_s=saved.stall_s)  # fmt: skip
+
+    def _save_last(self) -> bool:
+        """Whether the state at hand is saved, now if it is not."""
+        self.heart.beat("save", self.step)
+        self._report(self.saver.wait())
+        if self.saved_step != self.step:
+            self._save()
+            self._report(self.saver.wait())
+        return self.saved_step == self.step
 
     def run(self, stop: StopRequest) -> int:
         """Train to the end or to a signal; returns the exit code."""
@@ -229,49 +167,125 @@ class Trainer:
                  cfg.model.name, self.step, plan.total_steps, self.loader.num_samples, cfg.train.global_batch, cfg.lr,
                  cfg.optim.base_lr, cfg.train.global_batch)  # fmt: skip
         log.info("decoding on %d threads: %s", *decode_threads(cfg.data.threads))
-        windows = self.loader.windows(cfg.data.window_pages) if cfg.data.shuffle == "windowed" else None
-        steps = order.run_order(cfg.train.seed, self.step, plan.total_steps, self.loader.num_samples,
-                                cfg.train.global_batch, self.skipped_ranges, windows)  # fmt: skip
-        self.batches = self.loader.batches(steps, self.device, self.portion.samples)
         status = "FAILED"
         try:
-            with Progress(f"train {cfg.method.name}", plan.total_steps, "step", shown=self.world.is_main) as progress:
-                saved = self._loop(stop, progress)
-            code = self._finish(stop.requested or "a signal to another rank", saved)
+            with Heartbeat(self.folder, self.world, cfg.guard.hang_s, cfg.engine.timeout_s, self._hung) as self.heart:
+                with Progress(
+                    f"train {cfg.method.name}", plan.total_steps, "step", shown=self.world.is_main
+                ) as progress:
+                    while not self._attempt(stop, progress):
+                        pass
+                    saved = self._save_last()
+                code = self._finish(stop.requested or "a signal to another rank", saved)
             status = {DONE: "FINISHED", STOPPED: "KILLED"}.get(code, "FAILED")
             return code
         except BaseException as found:
-            error = self.world.explain(found)
+            error = self.profiler.explain(self.world.explain(found), self.step + 1, self.portion.micro)
             self.run_log.write("stop", step=self.step, reason=f"{type(error).__name__}: {error}")
             self._write_why(done=False, reason=str(error) or type(error).__name__)
             raise error from found
         finally:
-            self.batches.close()
+            self.saver.close()
             self.loader.close()
+            if self.heldout is not None:
+                self.heldout.close()
             self.sink.close(status)
 
-    def _loop(self, stop: StopRequest, progress: Progress) -> bool:
-        """The loop; returns whether the last state is saved."""
-        cfg, plan, saved, waited = self.cfg, self.plan, self.step > 0, 0.0
+    def _attempt(self, stop: StopRequest, progress: Progress) -> bool:
+        """Train on; False when the run went back to a checkpoint instead."""
+        windows = self.loader.windows(self.cfg.data.window_pages) if self.cfg.data.shuffle == "windowed" else None
+        steps = order.run_order(self.cfg.train.seed, self.step, self.plan.total_steps, self.loader.num_samples,
+                                self.cfg.train.global_batch, self.skipped_ranges, windows)  # fmt: skip
+        try:
+            with self.loader.batches(steps, self.device, self.portion.samples) as batches:
+                self._loop(batches, stop, progress)
+            return True
+        except NonFinite as found:
+            self._roll_back(found)
+            return False
+
+    def _loop(self, batches: Batches, stop: StopRequest, progress: Progress) -> None:
+        """The loop."""
+        cfg, plan, heart, waited = self.cfg, self.plan, self.heart, 0.0
         progress.update(self.step)
-        for batch in self.batches:
-            epoch = self.step // self.plan.steps_per_epoch
+        heart.beat("data", self.step)
+        for batch in batches:
+            heart.beat("compute", self.step)
+            self.profiler.before(self.step + 1)
+            epoch = order.data_position(self.step, self.skipped_ranges) // plan.steps_per_epoch
             lr = lr_at(self.step, plan.total_steps, plan.warmup_steps, cfg.lr)
             momentum = momentum_at(self.step, plan.total_steps, *cfg.momentum)
-            scalars = update(self.engine, batch, self.portion, lr, cfg.optim.clip, momentum)
+            scalars = update(self.engine, batch, self.portion, lr, cfg.optim.clip, momentum, self.saver.ready)
             self.step += 1
-            saved = False
-            self.buffer.add(self.step, epoch, lr, scalars, self.batches.waited - waited)
-            waited = self.batches.waited
-            if self.step % cfg.log.every_steps == 0:
-                means = self.buffer.flush()
-                progress.update(self.step, text=f"loss {means['loss']:.4f}  {means['images_per_s']:.0f} images/s")
-            if self.step % cfg.checkpoint.every_steps == 0:
-                saved = self.save()
+            self.buffer.add(self.step, epoch, lr, scalars, batches.waited - waited)
+            waited = batches.waited
+            heart.beat("profile", self.step)
+            self.profiler.after(self.step)
+            self._between(progress)
             if self.agreement(stop.requested is not None):
                 break
+            heart.beat("data", self.step)
+        self.buffer.flush()
         progress.update(self.step)
-        return saved or self.save()
+
+    def _between(self, progress: Progress) -> None:
+        """What is due after a step: the log, the held-out loss, a checkpoint."""
+        cfg, step = self.cfg, self.step
+        self._report(self.saver.outcome())
+        due = [
+            every and step % every == 0
+            for every in (cfg.log.every_steps, cfg.eval.loss_every, cfg.checkpoint.every_steps)
+        ]
+        if not any(due):
+            return
+        self.heart.beat("log", step)
+        means = self.buffer.flush()
+        if due[0]:
+            progress.update(step, text=f"loss {means['loss']:.4f}  {means['images_per_s']:.0f} images/s")
+            for line in self.stragglers.observe(means["data_wait"]):
+                self.run_log.write("straggler", step=step, reason=line)
+                if self.world.is_main:
+                    log.warning("%s", line)
+        if due[1]:
+            self._held_out()
+        # In steps that are not finite the weights do not move: there is nothing new to save, and the good one must stay.
+        if due[2] and not self.guard.streak:
+            self._save()
+
+    def _held_out(self) -> None:
+        assert self.heldout is not None
+        self.heart.beat("held-out loss", self.step)
+        loss = self.heldout.loss(self.engine, self.portion, self.world)
+        line = self.run_log.write("eval", step=self.step, heldout_loss=loss, heldout_images=self.heldout.num_images)
+        self.sink.log(self.step, line)
+        log.info("step %d: loss %.4f on %d held-out images", self.step, loss, self.heldout.num_images)
+        self.buffer.flush()  # the pause is not training time
+
+    def _roll_back(self, found: NonFinite) -> None:
+        """Go back to the newest checkpoint and leave out the batches of the bad steps. Raises RunFailed after too many."""
+        tensor, limit = self.buffer.culprit, self.cfg.guard.max_rollbacks
+        self._report(self.saver.wait())
+        self.rollbacks, self.trouble = self.rollbacks + 1, found.last
+        if self.rollbacks > limit:
+            if not self.world.is_main:
+                raise SystemExit(1)
+            raise RunFailed(f"{found}, and {limit} roll-backs (guard.max_rollbacks) have not helped; in the backward pass it began "
+                            f"at {tensor}. Lower optim.base_lr, set optim.clip, or look at the data.")  # fmt: skip
+        ranges = order.leave_out(self.skipped_ranges, found.first - 1, found.last)
+        if isinstance(self.run_log, RunLog):
+            self.run_log.close()
+        del self.engine, self.buffer  # before there is a second one
+        self._take_up(before_streak=True)
+        self.skipped_ranges = ranges
+        self._open_log()
+        self.run_log.write("rollback", step=self.step, first=found.first, last=found.last, tensor=tensor,
+                           skipped_ranges=ranges)  # fmt: skip
+        log.warning("%s (in the backward pass it began at %s); back to step %d, without the batches of these steps", found,
+                    tensor, self.step)  # fmt: skip
+
+    def _hung(self, reason: str) -> None:
+        self.run_log.write("stop", step=self.step, reason=reason)
+        write_why(self.folder, done=False, reason=reason, step=self.step, restarts=self.restarts)
 
     def _write_why(self, *, done: bool, reason: str) -> None:
         if self.world.is_main:
@@ -282,7 +296,9 @@ class Trainer:
         done = self.step == self.plan.total_steps
         reason = "done" if done else f"stopped by {signal_name}"
         if done:
+            self.heart.beat("figure", self.step)
             self._figure()
+        self.heart.beat("end", self.step)
         self.run_log.write("stop", step=self.step, reason=reason)
         self._write_why(
             done=done and saved, reason=reason if saved else f"{reason}, but the last state could not be saved"

@@ -126,19 +126,19 @@ def mutated(mutation: str | None, engine: Any) -> Iterator[None]:
     """Inside, ``engine`` has a fault that the table must show: no_ema, divided_twice or local_norm."""
     from pipeline.engine import torch as module
 
-    step, micro_step, total_norm = engine.step, engine.micro_step, module.get_total_norm
+    step, micro_step, norms = engine.step, engine.micro_step, module.gradient_norms
     if mutation == "no_ema":
         engine.step = lambda lr, clip, momentum: step(lr, clip, 1.0)
     elif mutation == "divided_twice":
         engine.micro_step = lambda images, draw, num, last: micro_step(images, draw, num * num, last)
     elif mutation == "local_norm":
-        module.get_total_norm = lambda gradients: total_norm([gradient.to_local() for gradient in gradients])
+        module.gradient_norms = lambda gradients: norms([gradient.to_local() for gradient in gradients])
     elif mutation is not None:
         raise ValueError(f"there is no mutation {mutation!r}")
     try:
         yield
     finally:
-        engine.step, engine.micro_step, module.get_total_norm = step, micro_step, total_norm
+        engine.step, engine.micro_step, module.gradient_norms = step, micro_step, norms
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def run_case(case: Case, steps: int) -> Trace:
     from pipeline.engine.torch import TorchEngine
     from pipeline.launch import World
     from pipeline.runs import open_images
-    from pipeline.train import Portion, update
+    from pipeline.steps import Portion, update
 
     cfg, world = case.config(), World(dist.get_rank(), dist.get_world_size())
     engine, loader, portion = (

@@ -11,16 +11,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Device scalars: the global gradient norm before clipping, and 1.0 if the step was skipped as not finite."""
+    """Device scalars: the global gradient norm before clipping, and 1.0 if the step was skipped as not finite.
+
+    ``culprit``: the place in ``Engine.trained_names`` of the last tensor whose gradient is not finite, -1 when all are. A
+    backward pass goes from the last to the first: there it began.
+    """
 
     grad_norm: Tensor
     skipped: Tensor
+    culprit: Tensor
 
 
 class Engine(Protocol):
     """The face of every engine. ``ema`` holds the teacher's fp32 weights by name, empty without a teacher."""
 
     method: "Method"
+    trained_names: list[str]
     ema: dict[str, Tensor]
 
     def micro_step(self, images: Tensor, draw: "Draw", num_micro: int, last: bool) -> dict[str, Tensor]:

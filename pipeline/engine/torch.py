@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from pipeline.config import Config, UserError
 from pipeline.engine import StepReport
@@ -32,6 +32,11 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_norms(gradients: list[Tensor]) -> Tensor:
+    """The norm of each whole gradient, [P], on every process: one reduction, as the norm of all of them would take."""
+    return _full(torch.stack(torch._foreach_norm(gradients)))
 
 
 def _like(local: Tensor, parameter: Tensor) -> Tensor:
@@ -74,7 +79,9 @@ class TorchEngine:
             compile_layers(self.method.layers())
         self._shard_method(mesh)
         self.named = self._start_weights()
-        self.trained = [parameter for parameter in self.named.values() if parameter.requires_grad]
+        self.trained_names = [name for name, parameter in self.named.items() if parameter.requires_grad]
+        self.trained = [self.named[name] for name in self.trained_names]
+        self._places = torch.arange(len(self.trained), dtype=torch.float32, device=device)
         self.optimizer = build_optimizer(self.named.items(), cfg.optim)
         self._start_teacher(mesh)
 
@@ -145,8 +152,10 @@ class TorchEngine:
 
     def step(self, lr: float, clip: float | None, momentum: float) -> StepReport:
         """See ``Engine.step``. Nothing here waits for the device: skipping goes through the optimizer's ``found_inf``."""
-        norm = _full(get_total_norm([p.grad for p in self.trained if p.grad is not None]))
+        norms = gradient_norms([p.grad for p in self.trained if p.grad is not None])
+        norm = torch.linalg.vector_norm(norms)
         skipped = (~norm.isfinite()).float()
+        culprit = torch.where(norms.isfinite(), -1.0, self._places).max()
         if clip is not None:
             clip_grads_with_norm_(self.trained, clip, norm)
         for group in self.optimizer.param_groups:
@@ -159,7 +168,7 @@ class TorchEngine:
             weight = (1 - momentum) * (1 - skipped)
             torch._foreach_lerp_(list(self.ema.values()), self._masters, [weight] * len(self.ema))
             self._refresh_teacher()
-        return StepReport(norm, skipped)
+        return StepReport(norm, skipped, culprit)
 
     @torch.no_grad()
     def call(self, name: str, *args: Any) -> Any:

@@ -149,7 +149,7 @@ def losses(preset: str) -> list[float]:
     from pipeline.optim import lr_at, momentum_at
     from pipeline.order import Plan
     from pipeline.runs import open_images
-    from pipeline.train import Portion, update
+    from pipeline.steps import Portion, update
 
     size = TEST_SIZE | (TEST_SIZE_IMAGENET if preset.startswith("imagenet/") else {})
     cfg = load_config([CONFIGS / f"{preset}.yaml"], [f"{key}={value}" for key, value in size.items()])

@@ -18,7 +18,7 @@ from pipeline.bench.parity import CLIP, ENGINES, LR, MOMENTUM, Case, whole
 from pipeline.engine.torch import TorchEngine
 from pipeline.launch import World
 from pipeline.runs import open_images
-from pipeline.train import Portion, update
+from pipeline.steps import Portion, update
 
 pytestmark = pytest.mark.timeout(900)  # starting processes on a busy machine takes minutes
 

@@ -123,6 +123,23 @@ def test_one_rank_that_gets_a_signal_stops_all_and_other_engines_go_on(undisturb
         assert found == pytest.approx(expected, rel=2e-6)
 
 
+def test_a_rank_that_stands_still_is_named_and_the_run_goes_on_where_it_was_saved(undisturbed, tmp_path):
+    run, more = tmp_path / "run", ("engine.name=ddp", "--nproc", "4")
+    process = start(run, *more, "guard.hang_s=5")
+    wait_for_step(process, run, 9)
+    ranks_of(process)[1].suspend()
+    assert process.wait(timeout=240) == 1
+    said = process.stderr.read()
+    assert said.count("rank 1 on") == 1
+    assert "does not answer (stopped, or its host is gone) in phase" in said
+    why = json.loads((run / "why_stopped.json").read_text())
+    assert not why["done"] and why["reason"].startswith("rank 1 on")
+    assert "update" in (run / "ranks" / "rank-00000.stacks.txt").read_text()
+    process = start(run, *more)
+    assert process.wait() == 0, process.stderr.read()
+    assert curve(run) == undisturbed
+
+
 def test_the_ranks_die_with_the_process_that_started_them(tmp_path):
     process = start(tmp_path / "run", "engine.name=ddp", "--nproc", "2")
     wait_for_step(process, tmp_path / "run", 2)

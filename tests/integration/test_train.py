@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.config import UserError, load_config
+from pipeline.config import RunFailed, UserError, load_config
 from pipeline.data import Loader
+from pipeline.heldout import HeldOut
 from pipeline.runlog import read_log
 from pipeline.train import train
 
@@ -200,10 +201,97 @@ def test_gradients_that_are_not_finite_are_skipped_logged_and_in_the_end_stop_th
     assert [line["step"] for line in lines if line["kind"] == "skip"] == [5, 6]
     assert losses(tmp_path / "some")[5] == losses(finished)[5]
     assert losses(tmp_path / "some")[6] != losses(finished)[6]
-    bad.update(range(1, 13))
-    with pytest.raises(RuntimeError, match="not finite in 4 steps in a row"):
-        run_it(tmp_path / "all", "guard.max_nonfinite=4")
-    assert not json.loads((tmp_path / "all" / "why_stopped.json").read_text())["done"]
+    names = {line["tensor"] for line in lines if line["kind"] == "skip"}
+    assert names == {"encoder.cls_token"}
+
+
+def log_of(run: Path) -> list[tuple[float, ...]]:
+    names = ("step", "epoch", "samples_seen", "loss", "grad_norm", "lr")
+    return [tuple(line[name] for name in names) for line in read_log(run / "log.jsonl") if line["kind"] == "train"]
+
+
+def test_a_batch_that_breaks_the_gradient_is_left_out_and_the_rest_is_as_if_it_had_never_been(tmp_path, monkeypatch):
+    from pipeline import train as module
+    from pipeline.engine.torch import TorchEngine
+
+    step, update, take_up = TorchEngine.step, module.update, module.Trainer._take_up
+
+    def update_with(engine, batch, *rest):
+        engine.poisoned = poisonous and 17 in batch.ids.tolist()
+        return update(engine, batch, *rest)
+
+    def poisoned(self, *args):
+        if self.poisoned:
+            self.trained[-1].grad.to_local().view(-1)[:1].fill_(float("inf"))
+        return step(self, *args)
+
+    monkeypatch.setattr(TorchEngine, "step", poisoned)
+    monkeypatch.setattr(module, "update", update_with)
+    poisonous, run = True, tmp_path / "run"
+    assert run_it(run, "guard.max_nonfinite=1", "checkpoint.every_steps=2", "log.every_steps=3", method="pcae") == 0
+    lines = read_log(run / "log.jsonl")
+    backs = [line for line in lines if line["kind"] == "rollback"]
+    assert len(backs) in (3, 4), "once an epoch, and once more when the batches left out reach into the next"
+    assert {line["tensor"] for line in backs} == {"decoder.head.bias"}
+    assert not [line for line in lines if line["kind"] == "skip"]
+    ranges = [tuple(pair) for pair in backs[-1]["skipped_ranges"]]
+    assert all(stop - start == 1 for start, stop in ranges)
+
+    def with_gaps(self, **more):
+        take_up(self, **more)
+        self.skipped_ranges = ranges
+
+    poisonous = False
+    monkeypatch.setattr(module.Trainer, "_take_up", with_gaps)
+    assert run_it(tmp_path / "undisturbed", "log.every_steps=3", method="pcae") == 0
+    assert log_of(run) == log_of(tmp_path / "undisturbed")
+    newest = checkpoint.read_state(checkpoint.candidates(run / "checkpoints")[0])
+    assert [tuple(pair) for pair in newest["skipped_ranges"]] == ranges
+    discarded = (run / "log.discarded.jsonl").read_text()
+    assert discarded.count('"kind": "skip"') == len(backs)
+
+
+def test_weights_that_break_the_gradient_stop_the_run_after_some_roll_backs_and_are_named(tmp_path):
+    run = tmp_path / "run"
+    more = "optim.base_lr=1e37", "optim.warmup_epochs=0", "guard.max_nonfinite=2", "guard.max_rollbacks=2"
+    with pytest.raises(
+        RunFailed, match=r"3 steps in a row, 2 to 4, and 2 roll-backs .* it began at decoder\.head\.bias\. Lower"
+    ):
+        run_it(run, *more)
+    lines = read_log(run / "log.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "rollback"] == [0, 0]
+    assert not (run / "checkpoints").exists() or not checkpoint.candidates(run / "checkpoints")
+    assert "Lower optim.base_lr" in json.loads((run / "why_stopped.json").read_text())["reason"]
+
+
+def test_the_held_out_loss_has_one_line_a_time_and_disturbs_nothing(finished, tmp_path):
+    assert run_it(tmp_path / "run", "eval.loss_every=3", "eval.loss_images=40") == 0
+    assert log_of(tmp_path / "run") == log_of(finished)
+    rows = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["kind"] == "eval"]
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    assert {row["heldout_images"] for row in rows} == {32}
+    assert rows[-1]["heldout_loss"] < rows[0]["heldout_loss"]
+    with pytest.raises(UserError, match=r"has 8 images, fewer than train.global_batch = 16"):
+        HeldOut(load_config(["quickstart/mae"], settings(tmp_path / "few", "data.num_samples=8")))
+
+
+def test_a_profile_is_written_and_memory_that_runs_out_names_the_settings(finished, tmp_path, monkeypatch):
+    assert run_it(tmp_path / "run", "profile.start_step=3", "profile.num_steps=2") == 0
+    assert log_of(tmp_path / "run") == log_of(finished)
+    trace, table = sorted((tmp_path / "run" / "profile").iterdir())
+    assert trace.name == "steps-00000003-00000004-rank-00000.json.gz"
+    assert "aten::addmm" in table.read_text()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    from pipeline.engine.torch import TorchEngine
+
+    monkeypatch.setattr(TorchEngine, "micro_step", full)
+    with pytest.raises(
+        RunFailed, match="ran out in step 1; set train.micro_batch below 16, engine.checkpoint_layers=full"
+    ):
+        run_it(tmp_path / "full")
 
 
 def test_two_trainers_in_one_folder(tmp_path):

@@ -2,11 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from pipeline.guard import SIGNALS, NonFinite, NonFiniteGuard, StopRequest
+from pipeline.guard import SIGNALS, NonFinite, NonFiniteGuard, StopRequest, Stragglers, verdict
+from pipeline.launch import World
 
 
 @pytest.fixture(autouse=True)
@@ -69,28 +73,89 @@ def test_handlers_come_back_when_the_body_raises() -> None:
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
 
 
+def observe(guard: NonFiniteGuard, first: int, *skipped: bool) -> None:
+    guard.observe(list(enumerate(skipped, first)))
+
+
 def test_steps_in_a_row_are_counted_and_a_good_one_resets() -> None:
     guard = NonFiniteGuard(3)
-    for step, skipped in enumerate([True, True, False, True, True], start=1):
-        guard.observe(step, skipped)
+    observe(guard, 1, True, True, False, True, True)
     assert guard.streak == 2
+    with pytest.raises(NonFinite, match="not finite in 3 steps in a row, 4 to 6") as raised:
+        observe(guard, 6, True)
+    assert (raised.value.first, raised.value.last) == (4, 6)
+
+
+def test_all_steps_of_a_streak_that_is_seen_late_belong_to_it() -> None:
     with pytest.raises(NonFinite) as raised:
-        guard.observe(6, True)
-    message = str(raised.value)
-    assert "3 steps in a row" in message and "step 6" in message and "step 3" in message
-    assert "optim.base_lr" in message and "optim.clip" in message
+        observe(NonFiniteGuard(2), 10, False, True, True, True, True, False, True)
+    assert (raised.value.first, raised.value.last) == (11, 14)
 
 
 def test_the_streak_of_a_checkpoint_goes_on() -> None:
-    guard = NonFiniteGuard(3, streak=2)
     with pytest.raises(NonFinite):
-        guard.observe(11, True)
+        observe(NonFiniteGuard(3, streak=2), 11, True)
     guard = NonFiniteGuard(3, streak=2)
-    guard.observe(11, False)
+    observe(guard, 11, False)
     assert guard.streak == 0
 
 
 def test_a_limit_of_one_stops_at_the_first() -> None:
-    NonFiniteGuard(1).observe(1, False)
-    with pytest.raises(NonFinite, match="1 steps in a row"):
-        NonFiniteGuard(1).observe(2, True)
+    observe(NonFiniteGuard(1), 1, False)
+    with pytest.raises(NonFinite, match="1 steps in a row, 2 to 2"):
+        observe(NonFiniteGuard(1), 2, True)
+
+
+def record(rank: int, phase: str, step: int) -> dict[str, object]:
+    return {"rank": rank, "host": f"n{rank}", "phase": phase, "step": step}
+
+
+@pytest.mark.parametrize(
+    "records, lost, said",
+    [
+        ([("compute", 7), ("data", 7), ("compute", 7)], [], "rank 1 on n1 hangs in phase data of step 8: no"),
+        ([("compute", 7), ("log", 6), ("compute", 7)], [], "rank 1 on n1 hangs in phase log of step 7: no"),
+        (
+            [("data", 6), ("compute", 7), ("compute", 7)],
+            [2],
+            "rank 2 on n2 does not answer (stopped, or its host is gone)",
+        ),
+        ([("compute", 7), ("compute", 7)], [], "all ranks hang in phase compute of step 8, none is behind"),
+        ([("data", 3)], [], "rank 0 on n0 hangs in phase data of step 4: no progress for 30 s"),
+    ],
+)
+def test_the_verdict_names_the_rank_that_keeps_the_others_waiting(records, lost, said) -> None:
+    assert verdict([record(rank, *place) for rank, place in enumerate(records)], lost, 30.0).startswith(said)
+
+
+def test_a_process_that_hangs_says_where_writes_its_stacks_and_ends(tmp_path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from pipeline.guard import Heartbeat
+from pipeline.launch import World
+folder = Path(sys.argv[1])
+with Heartbeat(folder, World(), 1.0, 2.0, lambda reason: (folder / "reason").write_text(reason)) as heart:
+    for step in range(6):
+        heart.beat("data", step)
+        time.sleep(0.3)
+    heart.beat("save", 6)
+    time.sleep(1.6)
+    heart.beat("compute", 7)
+    def here_it_stands(): time.sleep(60)
+    here_it_stands()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120)
+    assert done.returncode == 1
+    assert "hangs in phase compute of step 8: no progress for" in (tmp_path / "reason").read_text()
+    assert "here_it_stands" in (tmp_path / "ranks" / "rank-00000.stacks.txt").read_text()
+
+
+def test_a_rank_that_is_slow_three_times_in_a_row_is_named() -> None:
+    judge = Stragglers(World(0, 4), torch.device("cpu"))._judge
+    slow = [("a", 1.0, 0.0), ("b", 1.1, 0.02), ("c", 1.9, 0.0), ("d", 1.0, 0.5)]
+    even = [(host, 1.0, 0.1) for host in "abcd"]
+    assert [list(judge(rows)) for rows in (slow, slow, even, slow, slow)] == [[]] * 5
+    computes, waits = judge(slow)
+    assert computes == "rank 2 on c computes 1.8 times slower than the median rank, in 3 log intervals in a row"
+    assert waits == "rank 3 on d waits for data 50% of the time, the median rank 1%, in 3 log intervals in a row"

@@ -12,7 +12,7 @@ from pipeline.engine.torch import TorchEngine
 from pipeline.launch import World
 from pipeline.methods.mae import MAE
 from pipeline.metrics import Meter
-from pipeline.train import Portion
+from pipeline.steps import Portion
 
 
 def test_ranks_and_micro_batches_share_out_the_batch(tiny_config):

@@ -129,3 +129,12 @@ def test_a_run_with_skipped_ranges_reads_the_batches_after_them() -> None:
 def test_too_few_samples_is_an_error_that_says_so() -> None:
     with pytest.raises(ValueError, match="7 samples do not fill one global batch of 8"):
         list(order.run_order(0, 0, 1, 7, 8))
+
+
+@pytest.mark.parametrize("ranges", [[], [(2, 4)], [(0, 1), (5, 9)], [(3, 4), (6, 7), (12, 20)]])
+@pytest.mark.parametrize("first, last", [(0, 1), (2, 3), (3, 6), (4, 10)])
+def test_batches_that_steps_have_read_are_left_out_and_all_others_stay(ranges, first, last):
+    before = [order.data_position(step, ranges) for step in range(40)]
+    after = [order.data_position(step, order.leave_out(ranges, first, last)) for step in range(40)]
+    expected = before[:first] + before[last:]
+    assert after[: len(expected)] == expected
