@@ -114,7 +114,7 @@ LONG: Final = (
     "end",
 )  # may take as long as ranks wait for each other
 WARM_UP: Final = 3  # first steps compile, make connections, fill caches
-LOOKS: Final = 4  # beats in which a rank that lives must have written
+LOOKS: Final = 4  # beats in which a rank that lives has written, and a network's folder shows it: half of hang_s
 
 
 class Heartbeat:
@@ -133,7 +133,7 @@ class Heartbeat:
         """
         self._folder, self._world, self._on_hang = folder / "ranks", world, on_hang
         self._hang_s, self._slow_s = min(hang_s, slow_s), slow_s
-        self._tick = min(2.0, self._hang_s / 8)
+        self._tick = self._hang_s / (2 * LOOKS)
         self._at, self._beats, self._first = ("start", 0, time.monotonic()), 0, None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -170,12 +170,13 @@ class Heartbeat:
             pass  # a full disk is no hang
 
     def _run(self) -> None:
+        self._write()
         while not self._done.wait(self._tick):
             self._write()
             phase, step, since = self._at
-            warm = self._first is not None and step >= self._first + WARM_UP
-            if time.monotonic() - since > (self._hang_s if warm and phase not in LONG else self._slow_s):
-                self._end()
+            stalled, warm = time.monotonic() - since, self._first is not None and step >= self._first + WARM_UP
+            if stalled > self._hang_s:
+                self._end(patient=stalled <= self._slow_s and (phase in LONG or not warm))
 
     def _read(self) -> list[dict[str, Any]]:
         records = []
@@ -186,15 +187,19 @@ class Heartbeat:
                 records.append({"rank": rank, "host": "an unknown host", "phase": "start", "step": 0, "beats": 0})
         return records
 
-    def _end(self) -> None:
+    def _end(self, *, patient: bool) -> None:
+        """Look again for some time: another rank that does not answer is the end at once, else only if not ``patient``."""
         before = self._read()
         for _ in range(LOOKS):
-            time.sleep(self._tick)
+            if self._done.wait(self._tick):
+                return
             self._write()  # the others must see that this one lives
         now, since = self._read(), self._at[2]
         if self._done.is_set() or self._at[2] != since:
             return  # it was slow, no more
         lost = [b["rank"] for a, b in zip(before, now, strict=True) if a["beats"] == b["beats"]]
+        if patient and not lost:
+            return
         with self._path(self._world.rank, "stacks.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         if self._world.rank == min({record["rank"] for record in now} - {*lost}, default=self._world.rank):

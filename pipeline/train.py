@@ -62,7 +62,7 @@ class Trainer:
         self._take_up()
         self.sink: MlflowSink | Silent = Silent()
         if world.is_main:
-            self.restarts = sum(line["kind"] == "resume" for line in read_log(folder / "log.jsonl"))
+            self.restarts = sum(line["kind"] in ("start", "resume") for line in read_log(folder / "log.jsonl"))
             self._keep_seal()
             self.sink = MlflowSink(folder, resolve_uri(cfg.tracking.uri, folder), cfg.tracking.experiment, folder.name,
                                    params=flatten(cfg.model_dump(mode="json")), tags={"method": cfg.method.name})  # fmt: skip
@@ -160,7 +160,6 @@ class Trainer:
         """Train to the end or to a signal; returns the exit code."""
         cfg, plan = self.cfg, self.plan
         kind = "resume" if self.step else "start"
-        self.restarts += kind == "resume"
         self.run_log.write(kind, step=self.step, total_steps=plan.total_steps, lr=cfg.lr, base_lr=cfg.optim.base_lr,
                            flops_per_image=flops_per_image(cfg).step, versions=_versions())  # fmt: skip
         log.info("%s %s %s: step %d of %d, %d images, batch %d, lr %.3g (base_lr %.3g x %d / 256)", kind, cfg.method.name,

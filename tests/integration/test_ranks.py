@@ -125,7 +125,7 @@ def test_one_rank_that_gets_a_signal_stops_all_and_other_engines_go_on(undisturb
 
 def test_a_rank_that_stands_still_is_named_and_the_run_goes_on_where_it_was_saved(undisturbed, tmp_path):
     run, more = tmp_path / "run", ("engine.name=ddp", "--nproc", "4")
-    process = start(run, *more, "guard.hang_s=5")
+    process = start(run, *more, "guard.hang_s=5", "checkpoint.every_steps=8")
     wait_for_step(process, run, 9)
     ranks_of(process)[1].suspend()
     assert process.wait(timeout=240) == 1
