@@ -120,7 +120,7 @@ def compute_bytes(cfg: Config) -> int:
 
 
 def part(items: list[Parameter], shards: int) -> int:
-    """Numbers on the process that holds most when dimension 0 of each parameter is cut in ``shards`` (rounded up, as FSDP2 does)."""
+    """Numbers on the process that holds most when dimension 0 of each parameter is cut in ``shards``, rounded up as FSDP2 does."""
     return sum(ceil(item.shape[0] / shards) * prod(item.shape[1:]) for item in items)
 
 
