@@ -119,7 +119,7 @@ def estimate(
     from pipeline.forecast import forecast
     from pipeline.planner import Machine, find_gpu
 
-    cfg = _config(settings, {"run": {"dir": "."}, "data": {"train": "train.beton"}})
+    cfg = _config(settings, {"run": {"dir": "."}, "data": {"train": "not given"}})
     machine = Machine(find_gpu(gpu, gpu_table), gpus, gpus_per_node, network, mfu)
     _say(forecast(cfg, machine, gpu, dataset_size(cfg)))
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.checkpoint
+from image_files import plain_set
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree
 
+from data_prep.scan import scan
+from data_prep.write import write
 from pipeline.check import dataset_size
 from pipeline.config import CONFIG_DIR, Config, UserError, load_config
 from pipeline.costs import MODELS
@@ -121,8 +124,9 @@ def test_activations_are_what_autograd_keeps(method: str, precision: str, checkp
     cfg = recipe(f"imagenet/{method}_vit_b", "model.name=vit_s", "data.image_size=224", f"engine.precision={precision}",
                  f"engine.checkpoint_layers={checkpointing}", "method.decoder_depth=2",
                  *(SEVENS if method == "randsac" else ()))  # fmt: skip
-    # With one image RandSAC's masks, which all images share and the formula leaves out, weigh most.
-    assert activations(cfg, checkpointing).kept == pytest.approx(kept_bytes(cfg, 1), rel=0.05)
+    # RandSAC's masks, which all images share, are left out: with one image they weigh most.
+    masks = method == "randsac" and checkpointing in ("none", 3)
+    assert activations(cfg, checkpointing).kept == pytest.approx(kept_bytes(cfg, 1), rel=0.03 if masks else 0.005)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", 2])
@@ -299,6 +303,11 @@ def test_the_number_of_samples_is_read_where_there_is_a_file(tmp_path: Path) -> 
     at = partial(recipe, "imagenet/mae_vit_b")
     assert dataset_size(at("data.loader=synthetic", "data.num_samples=77")) == 77
     assert dataset_size(at(f"data.train={tmp_path / 'none.beton'}")) is None
+    manifest, beton = tmp_path / "m.jsonl", tmp_path / "x.beton"
+    scan(plain_set(tmp_path / "images", 6), manifest, workers=0)
+    write(manifest, beton, workers=0)
+    assert dataset_size(at(f"data.train={beton}")) == 6
+    assert dataset_size(at("data.loader=folder", f"data.train={manifest}")) == 6
     broken = tmp_path / "broken.beton"
     broken.write_bytes(b"")
     with pytest.raises(UserError, match="no seal"):
