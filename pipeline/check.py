@@ -24,6 +24,24 @@ def _data(cfg: Config, which: str, path: str) -> tuple[str, int]:
     return f"data.{which}: {manifest.num_samples} images, {len(manifest.classes)} classes, {path}", manifest.num_samples
 
 
+def dataset_size(cfg: Config) -> int | None:
+    """The number of training samples as the seal or the manifest states it; None where there is no file yet.
+
+    Raises UserError for a file that is there and damaged.
+    """
+    if cfg.data.loader == "synthetic":
+        return cfg.data.num_samples
+    if cfg.data.train is None or not Path(cfg.data.train).exists():
+        return None
+    if cfg.data.loader == "ffcv":
+        from data_prep.verify import load_seal
+
+        return int(load_seal(Path(cfg.data.train))["num_samples"])
+    from data_prep.manifest import load_header
+
+    return int(load_header(Path(cfg.data.train))["num_samples"])
+
+
 def _classes(cfg: Config, path: str) -> list[str]:
     if cfg.data.loader == "ffcv":
         from data_prep.verify import load_seal

@@ -1,12 +1,13 @@
 """The command line: verbs to functions, nothing else. Everything heavy is imported by the verb that needs it."""
 
 import sys
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from pipeline.bench.cli import bench
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -21,7 +22,6 @@ prep = typer.Typer(help="Turn images into a sealed beton file: scan, write, veri
 evaluate = typer.Typer(
     help="Probe a run's encoder with labels it has never seen.", no_args_is_help=True, rich_markup_mode=None
 )
-bench = typer.Typer(help="Measure against a peer in the same run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(prep, name="prep")
 app.add_typer(evaluate, name="eval")
 app.add_typer(bench, name="bench")
@@ -54,11 +54,11 @@ WhichWeights = Annotated[
 ]
 
 
-def _config(settings: list[str]) -> "Config":
+def _config(settings: list[str], defaults: dict[str, Any] | None = None) -> "Config":
     """Files and overrides, told apart by the equals sign."""
     from pipeline.config import load_config
 
-    return load_config([s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+    return load_config([s for s in settings if "=" not in s], [s for s in settings if "=" in s], defaults)
 
 
 def _say(report: Any) -> None:
@@ -93,6 +93,35 @@ def check(settings: Settings) -> None:
     from pipeline.check import check
 
     _say(check(_config(settings)))
+
+
+@app.command()
+def estimate(
+    settings: Settings,
+    gpu: Annotated[str, typer.Option(help="H200, H100, A100, V100, L40S, or one of --gpu-table.")] = "H100",
+    gpus: Annotated[int, typer.Option(min=1, help="Processes, one a GPU.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a host.")] = 8,
+    network: Annotated[
+        float, typer.Option(min=1e-3, help="GB/s that a host sends to others; 8 x 400 Gb/s are 400.")
+    ] = 400,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="The share of the datasheet's FLOP/s that you expect.")
+    ] = 0.4,
+    gpu_table: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="More GPUs, in the form of configs/gpus.yaml.")
+    ] = None,
+) -> None:
+    """Predict what a run takes: FLOPs, memory, the engine to use, hours, input. Needs neither the GPUs nor the data.
+
+    Example: patchmill estimate imagenet/pcae_vit_l --gpu H100 --gpus 64
+    """
+    from pipeline.check import dataset_size
+    from pipeline.forecast import forecast
+    from pipeline.planner import Machine, find_gpu
+
+    cfg = _config(settings, {"run": {"dir": "."}, "data": {"train": "not given"}})
+    machine = Machine(find_gpu(gpu, gpu_table), gpus, gpus_per_node, network, mfu)
+    _say(forecast(cfg, machine, gpu, dataset_size(cfg)))
 
 
 @prep.command()
@@ -261,115 +290,6 @@ def sync(
     from pipeline.tracking import sync
 
     _say(sync(run, uri))
-
-
-Batch = Annotated[int, typer.Option(min=1, help="Images a batch.")]
-Rounds = Annotated[int, typer.Option(help="Interleaved rounds, at least 8; more calm the figures.")]
-Out = Annotated[
-    Path | None, typer.Option(metavar="FILE.json", help="Also write the rows there, with hardware and versions.")
-]
-
-
-def _report(rows: Sequence[Any], out: Path | None, **facts: str) -> None:
-    from pipeline.bench.report import write_report
-
-    for row in rows:
-        _say(row)
-    if out is not None:
-        write_report(out, rows, **facts)
-
-
-@bench.command()
-def data(
-    beton: Annotated[Path, typer.Argument(help="A sealed beton.")],
-    manifest: Annotated[Path, typer.Argument(help="The manifest it was written from.")],
-    size: Annotated[int, typer.Option(min=1, help="Crop side, pixels.")] = 224,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=2, help="Instead: how much faster our loader is with so many threads, on an idle machine."),
-    ] = None,
-    rounds: Rounds = 8,
-    out: Out = None,
-) -> None:
-    """Images per CPU second of our loaders, FFCV's stock pipeline and torchvision's DataLoader, one thread, interleaved.
-
-    Example: patchmill bench data train.beton train.jsonl --out data.json
-    """
-    from pipeline.bench import data
-    from pipeline.bench.report import check_out
-    from pipeline.metrics import Progress
-
-    check_out(out)
-    with Progress("bench data", None, "run") as progress:
-        options: dict[str, Any] = {"image_size": size, "rounds": rounds, "progress": progress.update}
-        rows: list[Any] = []
-        if threads:
-            rows += data.run_threads(beton, threads, **options)
-        else:
-            rows += [*data.run(beton, manifest, **options), *data.run_resume()]
-    _report(rows, out, statistic="fastest of the rounds")
-
-
-@bench.command()
-def methods(
-    model: Annotated[str, typer.Option(help="The encoder, such as vit_s.")] = "vit_b",
-    batch: Batch = 4,
-    peer: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="A checkout of github.com/facebookresearch/mae to compare with."),
-    ] = None,
-    rounds: Rounds = 8,
-    out: Out = None,
-) -> None:
-    """CPU time of a forward and backward pass of MAE, PCAE and RandSAC beside their FLOPs, one thread, interleaved.
-
-    Example: patchmill bench methods --model vit_b --peer mae --out methods.json
-    """
-    from pipeline.bench.methods import run
-    from pipeline.bench.report import check_out
-    from pipeline.metrics import Progress
-
-    check_out(out)
-    with Progress("bench methods", None, "run") as progress:
-        rows = run(model, batch=batch, peer=peer, rounds=rounds, progress=progress.update)
-    _report(rows, out, statistic="fastest of the rounds")
-
-
-@bench.command()
-def attention(batch: Batch = 4, rounds: Rounds = 8, out: Out = None) -> None:
-    """What RandSAC's attention mask costs: ViT-B's blocks at 196 tokens with and without, one thread, interleaved.
-
-    Example: patchmill bench attention --batch 2 --out attention.json
-    """
-    from pipeline.bench.attention import run
-    from pipeline.bench.report import check_out
-    from pipeline.metrics import Progress
-
-    check_out(out)
-    with Progress("bench attention", None, "run") as progress:
-        rows = run(batch=batch, rounds=rounds, progress=progress.update)
-    _report(rows, out, statistic="fastest of the rounds")
-
-
-@bench.command()
-def parity(
-    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each case.")] = 20,
-    engines: Annotated[str, typer.Option(help="Which, with commas: such as ddp2,fsdp2-4.")] = "all",
-    out: Out = None,
-) -> None:
-    """Whether every engine computes what a single process does: loss, gradient norm, average, figure; on 1, 2 and 4 processes.
-
-    Example: patchmill bench parity --out parity.json
-    """
-    from pipeline.bench.parity import choose_engines, run
-    from pipeline.bench.report import check_out
-    from pipeline.metrics import Progress
-
-    check_out(out)
-    with Progress("bench parity", None, "case") as progress:
-        rows = run(steps, choose_engines(engines), progress.update)
-    _report(rows, out)
-    raise typer.Exit(0 if all(row.passed for row in rows) else 1)
 
 
 @app.command()

@@ -38,6 +38,7 @@ __all__ = [
     "find_config",
     "flatten",
     "load_config",
+    "read_yaml",
 ]
 
 
@@ -107,16 +108,19 @@ def find_config(name: str) -> Path:
     for path in (Path(name), shipped):
         if path.is_file():
             return path
-    known = [str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in sorted(CONFIG_DIR.rglob("*.yaml"))]
+    known = [str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in sorted(CONFIG_DIR.glob("*/*.yaml"))]
     near = difflib.get_close_matches(name, known, 3, 0.4) or known
     raise UserError(
         f"no configuration {name!r}: it is neither a file nor one of the shipped ones, such as {', '.join(near)}"
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, empty for an empty one. Raises UserError for what is no mapping or no YAML."""
     try:
         tree = yaml.load(path.read_text(), _Loader)  # noqa: S506  a SafeLoader
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -317,14 +321,18 @@ def _onoff(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> Config:
     """Read YAML files (paths or names of shipped ones) and overrides into a checked ``Config``.
+
+    ``defaults``: sections of settings that hold where neither says something.
 
     Raises ConfigError with every problem at once, UserError for a file that is missing or not YAML.
     """
-    tree: dict[str, Any] = {}
+    tree = dict(defaults or {})
     for path in paths:
-        tree = _merge(tree, _read_yaml(find_config(str(path))))
+        tree = _merge(tree, read_yaml(find_config(str(path))))
     for text in overrides:
         tree = _merge(tree, _override(text))
     tree = _onoff(_resolve_paths(tree))

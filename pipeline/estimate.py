@@ -7,7 +7,7 @@ from pipeline.costs import Flops, mae_flops, padded_tokens, pcae_flops, randsac_
 from pipeline.settings import MAEConfig, PCAEConfig, RandSACConfig
 
 
-def _randsac_tokens(method: RandSACConfig, grid: int) -> tuple[int, int]:
+def randsac_tokens(method: RandSACConfig, grid: int) -> tuple[int, int]:
     """(tokens in the encoder, queries of the decoder) as they are computed, padding included."""
     squares = (grid // method.segment_size) ** 2
     if method.ragged:
@@ -23,7 +23,7 @@ def flops_per_image(cfg: Config) -> Flops:
     method, tokens = cfg.method, cfg.grid**2
     decoder = method.decoder_depth, method.decoder_width
     if isinstance(method, RandSACConfig):
-        return randsac_flops(cfg.shape, *_randsac_tokens(method, cfg.grid), *decoder, null_token=method.predict_first,
+        return randsac_flops(cfg.shape, *randsac_tokens(method, cfg.grid), *decoder, null_token=method.predict_first,
                              self_attention=method.decoder_self_attention,
                              mixed_layers=0 if method.skip == "none" else cfg.shape.depth)  # fmt: skip
     if isinstance(method, PCAEConfig):

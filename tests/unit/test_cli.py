@@ -9,10 +9,9 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app, main
 
-VERBS = [["train"], ["check"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"], ["eval", "linear"],
-         ["visualize"], ["export"], ["sync"], ["bench", "data"], ["bench", "methods"],
-         ["bench", "attention"],
-    ["bench", "parity"], ["quickstart"]]  # fmt: skip
+VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"],
+         ["eval", "linear"], ["visualize"], ["export"], ["sync"], ["bench", "data"], ["bench", "methods"],
+         ["bench", "attention"], ["bench", "parity"], ["quickstart"]]  # fmt: skip
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -59,6 +58,12 @@ def test_check_imports_no_torch(tmp_path):
     assert not modules_after("check", "quickstart/pcae", *settings) & {"torch", "ffcv", "mlflow", "timm", "cv2"}
 
 
+@pytest.mark.parametrize("loader", ["synthetic", "ffcv", "folder"])
+def test_estimate_imports_no_torch(loader):
+    arguments = ("estimate", "imagenet/pcae_vit_l", f"data.loader={loader}", "data.num_samples=5000", "--gpus", "16")
+    assert not modules_after(*arguments) & {"torch", "ffcv", "mlflow", "timm", "cv2"}
+
+
 def test_check_reports_all_problems_with_exit_code_2(monkeypatch, capsys, tmp_path):
     code = run_main(monkeypatch, "check", "quickstart/mae", f"run.dir={tmp_path / 'run'}", "model.nam=vit_l", "train.epochs=many",
                     "data.image_size=33")  # fmt: skip
@@ -79,6 +84,8 @@ def test_check_reports_all_problems_with_exit_code_2(monkeypatch, capsys, tmp_pa
     ["prep", "write", "/no/such/manifest.jsonl", "/tmp/x.beton"],
     ["prep", "verify", "/no/such.beton"],
     ["bench", "data", "/no/such.beton", "/no/such/manifest.jsonl"],
+    ["estimate", "imagenet/mae_vit_b", "--gpu", "H1"],
+    ["estimate", "imagenet/mae_vit_b", "--gpu-table", "/no/such.yaml"],
 ], ids=lambda words: " ".join(words[:2]))  # fmt: skip
 def test_a_missing_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, arguments):
     monkeypatch.chdir(tmp_path)

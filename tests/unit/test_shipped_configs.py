@@ -11,7 +11,7 @@ from pipeline.config import CONFIG_DIR, find_config, load_config
 from pipeline.estimate import flops_per_image
 from pipeline.methods import build_method
 
-NAMES = [str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in sorted(CONFIG_DIR.rglob("*.yaml"))]
+NAMES = [str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in sorted(CONFIG_DIR.glob("*/*.yaml"))]
 FRAGMENTS = [name for name in NAMES if "name" not in yaml.safe_load(find_config(name).read_text()).get("method", {})]
 RECIPES = [name for name in NAMES if name not in FRAGMENTS]
 BASE = ["run.dir=runs/x", "data.train=train.beton"]

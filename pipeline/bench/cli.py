@@ -1,0 +1,117 @@
+"""The command line of the benchmarks: verbs to functions. Everything heavy is imported by the verb that needs it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+bench = typer.Typer(help="Measure against a peer in the same run.", no_args_is_help=True, rich_markup_mode=None)
+
+Batch = Annotated[int, typer.Option(min=1, help="Images a batch.")]
+Rounds = Annotated[int, typer.Option(help="Interleaved rounds, at least 8; more calm the figures.")]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FILE.json", help="Also write the rows there, with hardware and versions.")
+]
+
+
+def _report(rows: Sequence[Any], out: Path | None, **facts: str) -> None:
+    from pipeline.bench.report import write_report
+
+    for row in rows:
+        typer.echo(str(row))
+    if out is not None:
+        write_report(out, rows, **facts)
+
+
+@bench.command()
+def data(
+    beton: Annotated[Path, typer.Argument(help="A sealed beton.")],
+    manifest: Annotated[Path, typer.Argument(help="The manifest it was written from.")],
+    size: Annotated[int, typer.Option(min=1, help="Crop side, pixels.")] = 224,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=2, help="Instead: how much faster our loader is with so many threads, on an idle machine."),
+    ] = None,
+    rounds: Rounds = 8,
+    out: Out = None,
+) -> None:
+    """Images per CPU second of our loaders, FFCV's stock pipeline and torchvision's DataLoader, one thread, interleaved.
+
+    Example: patchmill bench data train.beton train.jsonl --out data.json
+    """
+    from pipeline.bench import data
+    from pipeline.bench.report import check_out
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench data", None, "run") as progress:
+        options: dict[str, Any] = {"image_size": size, "rounds": rounds, "progress": progress.update}
+        rows: list[Any] = []
+        if threads:
+            rows += data.run_threads(beton, threads, **options)
+        else:
+            rows += [*data.run(beton, manifest, **options), *data.run_resume()]
+    _report(rows, out, statistic="fastest of the rounds")
+
+
+@bench.command()
+def methods(
+    model: Annotated[str, typer.Option(help="The encoder, such as vit_s.")] = "vit_b",
+    batch: Batch = 4,
+    peer: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A checkout of github.com/facebookresearch/mae to compare with."),
+    ] = None,
+    rounds: Rounds = 8,
+    out: Out = None,
+) -> None:
+    """CPU time of a forward and backward pass of MAE, PCAE and RandSAC beside their FLOPs, one thread, interleaved.
+
+    Example: patchmill bench methods --model vit_b --peer mae --out methods.json
+    """
+    from pipeline.bench.methods import run
+    from pipeline.bench.report import check_out
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench methods", None, "run") as progress:
+        rows = run(model, batch=batch, peer=peer, rounds=rounds, progress=progress.update)
+    _report(rows, out, statistic="fastest of the rounds")
+
+
+@bench.command()
+def attention(batch: Batch = 4, rounds: Rounds = 8, out: Out = None) -> None:
+    """What RandSAC's attention mask costs: ViT-B's blocks at 196 tokens with and without, one thread, interleaved.
+
+    Example: patchmill bench attention --batch 2 --out attention.json
+    """
+    from pipeline.bench.attention import run
+    from pipeline.bench.report import check_out
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench attention", None, "run") as progress:
+        rows = run(batch=batch, rounds=rounds, progress=progress.update)
+    _report(rows, out, statistic="fastest of the rounds")
+
+
+@bench.command()
+def parity(
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each case.")] = 20,
+    engines: Annotated[str, typer.Option(help="Which, with commas: such as ddp2,fsdp2-4.")] = "all",
+    out: Out = None,
+) -> None:
+    """Whether every engine computes what a single process does: loss, gradient norm, average, figure; on 1, 2 and 4 processes.
+
+    Example: patchmill bench parity --out parity.json
+    """
+    from pipeline.bench.parity import choose_engines, run
+    from pipeline.bench.report import check_out
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench parity", None, "case") as progress:
+        rows = run(steps, choose_engines(engines), progress.update)
+    _report(rows, out)
+    raise typer.Exit(0 if all(row.passed for row in rows) else 1)
