@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.bench import more_cli
+
 if TYPE_CHECKING:
     from pipeline.config import Config
 
@@ -18,10 +20,10 @@ app = typer.Typer(
 )  # fmt: skip
 prep = typer.Typer(help="Turn images into a sealed beton file: scan, write, verify.", no_args_is_help=True,
                    rich_markup_mode=None)  # fmt: skip
-evaluate = typer.Typer(
-    help="Probe a run's encoder with labels it has never seen.", no_args_is_help=True, rich_markup_mode=None
-)
+evaluate = typer.Typer(help="Probe a run's encoder with labels it has never seen.", no_args_is_help=True,
+                       rich_markup_mode=None)  # fmt: skip
 bench = typer.Typer(help="Measure against a peer in the same run.", no_args_is_help=True, rich_markup_mode=None)
+more_cli.register(bench)
 app.add_typer(prep, name="prep")
 app.add_typer(evaluate, name="eval")
 app.add_typer(bench, name="bench")
@@ -44,10 +46,10 @@ class Weights(StrEnum):
     untrained = "untrained"
 
 
-Settings = Annotated[
-    list[str],
-    typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files or shipped names, then settings to change."),
-]
+Settings = Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value ...]",
+                                               help="YAML files or shipped names, then settings to change.")]  # fmt: skip
+Nproc = Annotated[int, typer.Option(min=1, help="Processes to start on this host, such as one a GPU.")]
+InJob = Annotated[bool, typer.Option("--in-job", help="As every rank of a job: network, shared folder, clocks.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 WhichWeights = Annotated[
     Weights, typer.Option(help="Which encoder; ema is the teacher's, untrained the same one at step 0.")
@@ -66,10 +68,7 @@ def _say(report: Any) -> None:
 
 
 @app.command()
-def train(
-    settings: Settings,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes to start on this host, such as one a GPU.")] = 1,
-) -> None:
+def train(settings: Settings, nproc: Nproc = 1) -> None:
     """Pretrain; continues a run whose folder exists. Under torchrun or srun this is one process of the run.
 
     Example: patchmill train cifar10/mae data.train=train.beton run.dir=runs/mae train.epochs=5
@@ -85,11 +84,17 @@ def train(
 
 
 @app.command()
-def check(settings: Settings) -> None:
+def check(settings: Settings, in_job: InJob = False, nproc: Nproc = 1) -> None:
     """Validate a configuration, the data's seals and the environment; every problem at once.
+
+    With --in-job under torchrun or srun, or with --nproc, also what only the job's processes together can find.
 
     Example: patchmill check cifar10/pcae data.train=train.beton run.dir=runs/pcae
     """
+    if in_job or nproc > 1:
+        from pipeline.preflight import run
+
+        raise typer.Exit(run(_config(settings), settings, nproc, _say))
     from pipeline.check import check
 
     _say(check(_config(settings)))
@@ -137,9 +142,8 @@ def scan(
         report = scan(found, manifest, workers=workers, index=index, against=against, progress=progress.update)
     del index  # of a million names
     book = load_manifest(manifest)
-    _say(report)
-    _say(describe(book))
-    _say(f"drawn in {draw(book)}")
+    for said in (report, describe(book), f"drawn in {draw(book)}"):
+        _say(said)
 
 
 @prep.command()
@@ -373,9 +377,7 @@ def parity(
 
 
 @app.command()
-def quickstart(
-    folder: Annotated[Path, typer.Option(help="Where data and runs go.")] = Path("runs/quickstart"),
-) -> None:
+def quickstart(folder: Annotated[Path, typer.Option(help="Where data and runs go.")] = Path("runs/quickstart")) -> None:
     """The whole chain on drawn images: pack, pretrain the three methods, probe, draw, track. About five minutes.
 
     Example: patchmill quickstart --folder runs/quickstart
