@@ -48,6 +48,8 @@ Settings = Annotated[
     list[str],
     typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files or shipped names, then settings to change."),
 ]
+Nproc = Annotated[int, typer.Option(min=1, help="Processes to start on this host, such as one a GPU.")]
+InJob = Annotated[bool, typer.Option("--in-job", help="As every rank of a job: network, shared folder, clocks.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 WhichWeights = Annotated[
     Weights, typer.Option(help="Which encoder; ema is the teacher's, untrained the same one at step 0.")
@@ -66,10 +68,7 @@ def _say(report: Any) -> None:
 
 
 @app.command()
-def train(
-    settings: Settings,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes to start on this host, such as one a GPU.")] = 1,
-) -> None:
+def train(settings: Settings, nproc: Nproc = 1) -> None:
     """Pretrain; continues a run whose folder exists. Under torchrun or srun this is one process of the run.
 
     Example: patchmill train cifar10/mae data.train=train.beton run.dir=runs/mae train.epochs=5
@@ -85,11 +84,17 @@ def train(
 
 
 @app.command()
-def check(settings: Settings) -> None:
+def check(settings: Settings, in_job: InJob = False, nproc: Nproc = 1) -> None:
     """Validate a configuration, the data's seals and the environment; every problem at once.
+
+    With --in-job under torchrun or srun, or with --nproc, also what only the job's processes together can find.
 
     Example: patchmill check cifar10/pcae data.train=train.beton run.dir=runs/pcae
     """
+    if in_job or nproc > 1:
+        from pipeline.preflight import run
+
+        raise typer.Exit(run(_config(settings), settings, nproc, _say))
     from pipeline.check import check
 
     _say(check(_config(settings)))

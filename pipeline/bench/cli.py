@@ -115,3 +115,45 @@ def parity(
         rows = run(steps, choose_engines(engines), progress.update)
     _report(rows, out)
     raise typer.Exit(0 if all(row.passed for row in rows) else 1)
+
+
+@bench.command()
+def loop(
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a run.")] = 2000,
+    rounds: Rounds = 8,
+    out: Out = None,
+) -> None:
+    """CPU time that the trainer's loop adds to a bare PyTorch loop: microseconds a step, one thread, interleaved.
+
+    Example: patchmill bench loop --out loop.json
+    """
+    from pipeline.bench.loop import run
+    from pipeline.bench.report import check_out
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench loop", None, "run") as progress:
+        rows = run(steps, rounds=rounds, progress=progress.update)
+    _report(rows, out, statistic="fastest of the rounds")
+
+
+@bench.command()
+def tracking(
+    steps: Annotated[int, typer.Option(min=1, help="Logged steps of a run.")] = 400,
+    rounds: Rounds = 8,
+    out: Out = None,
+) -> None:
+    """What a logged step costs with MLflow on sqlite, ours and one call a step: CPU time and how long training waits.
+
+    Example: patchmill bench tracking --out tracking.json
+    """
+    from importlib.metadata import version
+
+    from pipeline.bench.report import check_out
+    from pipeline.bench.tracking import run
+    from pipeline.metrics import Progress
+
+    check_out(out)
+    with Progress("bench tracking", None, "run") as progress:
+        rows = run(steps, rounds=rounds, progress=progress.update)
+    _report(rows, out, statistic="fastest of the rounds", mlflow=version("mlflow"))
