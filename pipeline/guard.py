@@ -157,11 +157,11 @@ class Heartbeat:
     def _path(self, rank: int, kind: str) -> Path:
         return self._folder / f"rank-{rank:05d}.{kind}"
 
-    def _write(self) -> None:
+    def _write(self, *, ended: bool = False, said: bool = False) -> None:
         self._beats += 1
         phase, step, since = self._at
         record = {"rank": self._world.rank, "host": socket.gethostname(), "pid": os.getpid(), "phase": phase, "step": step,
-                  "for_s": round(time.monotonic() - since, 1), "beats": self._beats}  # fmt: skip
+                  "for_s": round(time.monotonic() - since, 1), "beats": self._beats, "ended": ended, "said": said}  # fmt: skip
         temporary = self._path(self._world.rank, "partial")
         try:
             temporary.write_text(json.dumps(record) + "\n")
@@ -189,23 +189,32 @@ class Heartbeat:
 
     def _end(self, *, patient: bool) -> None:
         """Look again for some time: another rank that does not answer is the end at once, else only if not ``patient``."""
-        before = self._read()
+        before, since = self._read(), self._at[2]
         for _ in range(LOOKS):
             if self._done.wait(self._tick):
                 return
             self._write()  # the others must see that this one lives
-        now, since = self._read(), self._at[2]
+        now = self._read()
         if self._done.is_set() or self._at[2] != since:
             return  # it was slow, no more
-        lost = [b["rank"] for a, b in zip(before, now, strict=True) if a["beats"] == b["beats"]]
+        # One that has ended by its own verdict is silent too, and is not what kept the others waiting.
+        ended = {record["rank"] for record in now if record.get("ended")}
+        lost = [
+            b["rank"] for a, b in zip(before, now, strict=True) if a["beats"] == b["beats"] and b["rank"] not in ended
+        ]
         if patient and not lost:
             return
         with self._path(self._world.rank, "stacks.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        if self._world.rank == min({record["rank"] for record in now} - {*lost}, default=self._world.rank):
+        here = {record["rank"] for record in now} - {*lost} - ended
+        speaks = self._world.rank == min(here, default=self._world.rank) and not any(
+            record.get("said") for record in now
+        )
+        if speaks:
             reason = verdict(now, lost, time.monotonic() - since)
             log.error("%s; stacks: %s", reason, self._folder)
             self._on_hang(reason)
+        self._write(ended=True, said=speaks)
         os._exit(1)  # the main thread may never come back
 
 

@@ -134,7 +134,7 @@ def test_a_rank_that_stands_still_is_named_and_the_run_goes_on_where_it_was_save
     assert "does not answer (stopped, or its host is gone) in phase" in said
     why = json.loads((run / "why_stopped.json").read_text())
     assert not why["done"] and why["reason"].startswith("rank 1 on")
-    assert "update" in (run / "ranks" / "rank-00000.stacks.txt").read_text()
+    assert "in _attempt" in (run / "ranks" / "rank-00000.stacks.txt").read_text()
     process = start(run, *more)
     assert process.wait() == 0, process.stderr.read()
     assert curve(run) == undisturbed

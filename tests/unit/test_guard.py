@@ -139,6 +139,8 @@ with Heartbeat(folder, World(), 1.0, 2.0, lambda reason: (folder / "reason").wri
     for step in range(6):
         heart.beat("data", step)
         time.sleep(0.3)
+    heart.beat("compute", 6)
+    time.sleep(1.25)
     heart.beat("save", 6)
     time.sleep(1.6)
     heart.beat("compute", 7)
