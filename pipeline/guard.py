@@ -120,8 +120,8 @@ LOOKS: Final = 4  # beats in which a rank that lives has written, and a network'
 class Heartbeat:
     """Where this process is, said by a thread in ``ranks/rank-00000.json`` of the run folder; a context manager.
 
-    When nothing moves for too long every process writes its stacks there and ends with exit code 1, and one says which
-    rank hangs, where. It takes no network: a network that hangs is what it is for.
+    When nothing moves for too long each process that still answers writes its stacks there and ends with exit code 1, and
+    one says which rank hangs, where. It takes no network: a network that hangs is what it is for.
     """
 
     def __init__(

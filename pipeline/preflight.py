@@ -25,10 +25,10 @@ import torch.distributed as dist
 from pipeline.check import check
 from pipeline.config import Config, ConfigError, UserError
 from pipeline.launch import World, connect, start_local
+from pipeline.memory import state
 
 MIB: Final = 2**20
 GIB: Final = 2**30
-STATE_BYTES: Final = 16  # a parameter's fp32 weight, gradient and two moments
 STATES: Final = 3  # that should fit on the disk: the newest checkpoint, the one before, and one in the making
 LOOK_S: Final = 10.0  # a network file system may show a new file late
 CLOCK_S: Final = 5.0
@@ -295,13 +295,6 @@ def table(findings: Sequence[Findings]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def state_bytes(cfg: Config) -> int:
-    """Bytes of the weights, gradients and moments of the method."""
-    from pipeline.methods import build_method
-
-    return STATE_BYTES * sum(parameter.numel() for parameter in build_method(cfg, "meta").parameters())
-
-
 def preflight(cfg: Config) -> str | None:
     """Look at the job that this process is a rank of; the table, on the main rank, when all is in order.
 
@@ -320,7 +313,7 @@ def preflight(cfg: Config) -> str | None:
         if not world.is_main:
             return None
         hosts = [found.host for found in findings]
-        warnings = [f"warning: {line}" for line in lines_of(list(low_disks(findings, state_bytes(cfg))), hosts)]
+        warnings = [f"warning: {line}" for line in lines_of(list(low_disks(findings, state(cfg).total)), hosts)]
         return "\n".join([table(findings), *warnings, "in order"])
 
 

@@ -271,11 +271,10 @@ class Trainer:
             raise RunFailed(f"{found}, and {limit} roll-backs (guard.max_rollbacks) have not helped; in the backward pass it began "
                             f"at {tensor}. Lower optim.base_lr, set optim.clip, or look at the data.")  # fmt: skip
         ranges = order.leave_out(self.skipped_ranges, found.first - 1, found.last)
-        if isinstance(self.run_log, RunLog):
-            self.run_log.close()
         del self.engine, self.buffer  # before there is a second one
         self._take_up(before_streak=True)
         self.skipped_ranges = ranges
+        self.run_log.close()
         self._open_log()
         self.run_log.write("rollback", step=self.step, first=found.first, last=found.last, tensor=tensor,
                            skipped_ranges=ranges)  # fmt: skip

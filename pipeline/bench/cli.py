@@ -1,6 +1,6 @@
 """The command line of the benchmarks: verbs to functions. Everything heavy is imported by the verb that needs it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,15 +13,24 @@ Rounds = Annotated[int, typer.Option(help="Interleaved rounds, at least 8; more 
 Out = Annotated[
     Path | None, typer.Option(metavar="FILE.json", help="Also write the rows there, with hardware and versions.")
 ]
+FASTEST = "fastest of the rounds"
 
 
-def _report(rows: Sequence[Any], out: Path | None, **facts: str) -> None:
-    from pipeline.bench.report import write_report
+def _measure(
+    name: str, unit: str, out: Path | None, work: Callable[[Callable[[int, int], None]], Sequence[Any]], **facts: str
+) -> Sequence[Any]:
+    """Rows of ``work``, which is given where to say how far it is; printed, and written with ``facts`` where ``out`` names."""
+    from pipeline.bench.report import check_out, write_report
+    from pipeline.metrics import Progress
 
+    check_out(out)
+    with Progress(f"bench {name}", None, unit) as progress:
+        rows = work(progress.update)
     for row in rows:
         typer.echo(str(row))
     if out is not None:
         write_report(out, rows, **facts)
+    return rows
 
 
 @bench.command()
@@ -41,18 +50,14 @@ def data(
     Example: patchmill bench data train.beton train.jsonl --out data.json
     """
     from pipeline.bench import data
-    from pipeline.bench.report import check_out
-    from pipeline.metrics import Progress
 
-    check_out(out)
-    with Progress("bench data", None, "run") as progress:
-        options: dict[str, Any] = {"image_size": size, "rounds": rounds, "progress": progress.update}
-        rows: list[Any] = []
+    def work(progress: Callable[[int, int], None]) -> Sequence[Any]:
+        options: dict[str, Any] = {"image_size": size, "rounds": rounds, "progress": progress}
         if threads:
-            rows += data.run_threads(beton, threads, **options)
-        else:
-            rows += [*data.run(beton, manifest, **options), *data.run_resume()]
-    _report(rows, out, statistic="fastest of the rounds")
+            return data.run_threads(beton, threads, **options)
+        return [*data.run(beton, manifest, **options), *data.run_resume()]
+
+    _measure("data", "run", out, work, statistic=FASTEST)
 
 
 @bench.command()
@@ -71,13 +76,14 @@ def methods(
     Example: patchmill bench methods --model vit_b --peer mae --out methods.json
     """
     from pipeline.bench.methods import run
-    from pipeline.bench.report import check_out
-    from pipeline.metrics import Progress
 
-    check_out(out)
-    with Progress("bench methods", None, "run") as progress:
-        rows = run(model, batch=batch, peer=peer, rounds=rounds, progress=progress.update)
-    _report(rows, out, statistic="fastest of the rounds")
+    _measure(
+        "methods",
+        "run",
+        out,
+        lambda progress: run(model, batch=batch, peer=peer, rounds=rounds, progress=progress),
+        statistic=FASTEST,
+    )
 
 
 @bench.command()
@@ -87,13 +93,10 @@ def attention(batch: Batch = 4, rounds: Rounds = 8, out: Out = None) -> None:
     Example: patchmill bench attention --batch 2 --out attention.json
     """
     from pipeline.bench.attention import run
-    from pipeline.bench.report import check_out
-    from pipeline.metrics import Progress
 
-    check_out(out)
-    with Progress("bench attention", None, "run") as progress:
-        rows = run(batch=batch, rounds=rounds, progress=progress.update)
-    _report(rows, out, statistic="fastest of the rounds")
+    _measure(
+        "attention", "run", out, lambda progress: run(batch=batch, rounds=rounds, progress=progress), statistic=FASTEST
+    )
 
 
 @bench.command()
@@ -107,13 +110,8 @@ def parity(
     Example: patchmill bench parity --out parity.json
     """
     from pipeline.bench.parity import choose_engines, run
-    from pipeline.bench.report import check_out
-    from pipeline.metrics import Progress
 
-    check_out(out)
-    with Progress("bench parity", None, "case") as progress:
-        rows = run(steps, choose_engines(engines), progress.update)
-    _report(rows, out)
+    rows = _measure("parity", "case", out, lambda progress: run(steps, choose_engines(engines), progress))
     raise typer.Exit(0 if all(row.passed for row in rows) else 1)
 
 
@@ -128,13 +126,8 @@ def loop(
     Example: patchmill bench loop --out loop.json
     """
     from pipeline.bench.loop import run
-    from pipeline.bench.report import check_out
-    from pipeline.metrics import Progress
 
-    check_out(out)
-    with Progress("bench loop", None, "run") as progress:
-        rows = run(steps, rounds=rounds, progress=progress.update)
-    _report(rows, out, statistic="fastest of the rounds")
+    _measure("loop", "run", out, lambda progress: run(steps, rounds=rounds, progress=progress), statistic=FASTEST)
 
 
 @bench.command()
@@ -149,11 +142,13 @@ def tracking(
     """
     from importlib.metadata import version
 
-    from pipeline.bench.report import check_out
     from pipeline.bench.tracking import run
-    from pipeline.metrics import Progress
 
-    check_out(out)
-    with Progress("bench tracking", None, "run") as progress:
-        rows = run(steps, rounds=rounds, progress=progress.update)
-    _report(rows, out, statistic="fastest of the rounds", mlflow=version("mlflow"))
+    _measure(
+        "tracking",
+        "run",
+        out,
+        lambda progress: run(steps, rounds=rounds, progress=progress),
+        statistic=FASTEST,
+        mlflow=version("mlflow"),
+    )

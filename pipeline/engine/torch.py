@@ -152,7 +152,7 @@ class TorchEngine:
 
     def step(self, lr: float, clip: float | None, momentum: float) -> StepReport:
         """See ``Engine.step``. Nothing here waits for the device: skipping goes through the optimizer's ``found_inf``."""
-        norms = gradient_norms([p.grad for p in self.trained if p.grad is not None])
+        norms = gradient_norms([parameter.grad for parameter in self.trained])  # all have one
         norm = torch.linalg.vector_norm(norms)
         skipped = (~norm.isfinite()).float()
         culprit = torch.where(norms.isfinite(), -1.0, self._places).max()

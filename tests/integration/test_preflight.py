@@ -7,34 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_ranks import SETTINGS, free_port, place
 
 pytestmark = pytest.mark.timeout(900)  # starting processes on a busy machine takes minutes
 
-SETTINGS = [
-    "method.name=mae",
-    "model.name=vit_p",
-    "data.image_size=32",
-    "train.global_batch=8",
-    "train.steps=24",
-    "method.decoder_depth=1",
-    "method.decoder_width=96",
-    "method.decoder_heads=3",
-    "tracking.uri=none",
-    "engine.name=ddp",
-    "engine.timeout_s=120",
-]
+ENGINE = ["engine.name=ddp", "engine.timeout_s=120"]
 HOST = socket.gethostname()
 
 
 def start(run: Path, *more: str, **env: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline", "check", "--in-job", *SETTINGS, f"run.dir={run}", *more]
+    command = [sys.executable, "-m", "pipeline", "check", "--in-job", *SETTINGS, *ENGINE, f"run.dir={run}", *more]
     return subprocess.Popen(
         command, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 def test_a_job_in_order_is_a_table_and_leaves_nothing_behind(tmp_path):
-    process = start(tmp_path / "deep" / "run", "data.loader=synthetic", "--nproc", "2")
+    process = start(tmp_path / "deep" / "run", "--nproc", "2")
     said, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     head, *ranks = [line.split() for line in said.splitlines()[:3]]
@@ -46,14 +35,11 @@ def test_a_job_in_order_is_a_table_and_leaves_nothing_behind(tmp_path):
 
 
 def test_ranks_that_share_no_folder_and_miss_their_images_hear_it_all_at_once(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    port = free_port()
     runs = [tmp_path / name / "run" for name in ("shared", "elsewhere")]
     runs[1].mkdir(parents=True)  # there, but of this rank alone
     images = ["data.loader=folder", f"data.train={tmp_path / 'nowhere.jsonl'}"]
-    ranks = [start(run, *images, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank, run in enumerate(runs)]
+    ranks = [start(run, *images, **place(rank, port)) for rank, run in enumerate(runs)]
     (_, said), (_, other) = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert f"rank 1 on {HOST}: run.dir = {runs[1]}: is not the folder of rank 0" in said
