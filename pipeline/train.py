@@ -138,7 +138,8 @@ class Trainer:
         if saved is None:
             return
         if saved.path is None:
-            log.error("%s; the last good checkpoint stays, training goes on", saved.reason)
+            if self.world.is_main:  # all know it
+                log.error("%s; the last good checkpoint stays, training goes on", saved.reason)
             self.run_log.write("checkpoint", step=saved.step, saved=False, reason=saved.reason)
             return
         self.saved_step = saved.step

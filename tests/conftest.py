@@ -1,10 +1,12 @@
 """Shared by all tests: one thread, and small configurations."""
 
 import os
+import subprocess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, so that subprocesses inherit it too
 
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -49,3 +51,15 @@ def tiny_config() -> Callable[..., Config]:
 def images() -> torch.Tensor:
     """Four random images, uint8 [4, 3, 32, 32]."""
     return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A run folder whose checkpoints lie on a file system of 8 MiB: one fits, two do not."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root to mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -140,6 +140,33 @@ def test_a_rank_that_stands_still_is_named_and_the_run_goes_on_where_it_was_save
     assert curve(run) == undisturbed
 
 
+def test_a_full_disk_and_a_rank_that_is_killed_in_a_save_lose_nothing(undisturbed, small_disk):
+    run, more = small_disk.parent, ("engine.name=fsdp2", "--nproc", "2")
+    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)  # for one checkpoint
+    process = start(run, *more)
+    assert process.wait(timeout=240) == 1
+    said = process.stderr.read()
+    assert said.count("step-00000008 could not be written: rank ") == said.count("step-00000012 could not") == 1
+    assert "No space left on device" in said and "Traceback" not in said
+    assert os.listdir(small_disk) == ["step-00000004"]
+    assert [row[0] for row in curve(run)] == list(range(1, 25))
+
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    process = start(run, *more)
+    while not (small_disk / ".step-00000008.partial").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    ranks_of(process)[1].kill()
+    assert process.wait(timeout=180) == 1
+    assert "rank 1 was killed by SIGKILL" in process.stderr.read()
+
+    process = start(run, *more)
+    assert process.wait() == 0, process.stderr.read()
+    assert sorted(os.listdir(small_disk)) == ["step-00000020", "step-00000024"]
+    for found, expected in zip(curve(run), undisturbed, strict=True):
+        assert found == pytest.approx(expected, rel=2e-6)
+
+
 def test_the_ranks_die_with_the_process_that_started_them(tmp_path):
     process = start(tmp_path / "run", "engine.name=ddp", "--nproc", "2")
     wait_for_step(process, tmp_path / "run", 2)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,18 +149,6 @@ def test_when_all_checkpoints_are_broken_the_run_does_not_start_over(copy):
     with pytest.raises(UserError, match="every checkpoint"):
         run_it(copy)
     assert len(losses(copy)) == 12
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A run folder whose checkpoints lie on a file system of 8 MiB: one fits, two do not."""
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs root to mount a small file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(finished, small_disk):
