@@ -19,7 +19,7 @@ from data_prep.verify import check_seal
 from data_prep.write import write
 from pipeline import order, train
 from pipeline.config import Config, ConfigError, UserError, load_config
-from pipeline.data import open_loader
+from pipeline.data import Batches, open_loader
 from pipeline.guard import StopRequest
 from pipeline.keys import Int64
 from pipeline.launch import World
@@ -280,9 +280,8 @@ def test_training_reads_the_order_that_is_asked_for(
 ) -> None:
     seen = []
 
-    def read(self: train.Trainer, *_: object) -> bool:
-        seen.append([batch.ids.tolist() for batch in self.batches])
-        return True
+    def read(_: train.Trainer, batches: Batches, *__: object) -> None:
+        seen.append([batch.ids.tolist() for batch in batches])
 
     monkeypatch.setattr(train.Trainer, "_loop", read)
     monkeypatch.setattr(train.Trainer, "_finish", lambda *_: train.DONE)
