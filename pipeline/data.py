@@ -95,8 +95,11 @@ def _produce(make: Make, order: Order, threads: int, device: torch.device | None
              stop: threading.Event) -> None:  # fmt: skip
     """Fill the queue from ``order``; whatever goes wrong goes through the queue. Holds no reference to the iterator."""
 
+    def is_wanted() -> bool:
+        return not stop.is_set() and threading.main_thread().is_alive()
+
     def put(item: Item) -> None:
-        while not stop.is_set():
+        while is_wanted():
             try:
                 return queue.put(item, timeout=0.1)
             except Full:
@@ -107,7 +110,7 @@ def _produce(make: Make, order: Order, threads: int, device: torch.device | None
         upload = _uploader(device)
         for epoch, ids in order:
             put(upload(make(epoch, ids, pool)))
-            if stop.is_set():
+            if not is_wanted():
                 return
         put(None)
     except BaseException as error:  # noqa: BLE001  it is raised in the consumer
@@ -128,7 +131,8 @@ class Batches(Iterator[Batch]):
         self._stop = threading.Event()
         self._queue: Queue[Item] = Queue(BATCHES_AHEAD)
         args = (make, order, threads, device, self._queue, self._stop)
-        self._thread = threading.Thread(target=_produce, args=args, daemon=True, name="patchmill-data")
+        # Not a daemon: those are killed when the interpreter ends, which aborts the process if they are in torch's code.
+        self._thread = threading.Thread(target=_produce, args=args, daemon=False, name="patchmill-data")
         self._thread.start()
 
     def _get(self) -> Item:
@@ -268,11 +272,8 @@ class FolderLoader(Loader):
             raise UserError(f"{path}: is a folder; scan it once with: patchmill prep scan {path} MANIFEST, "
                             "and give that manifest")  # fmt: skip
         manifest = load_manifest(path)
-        self._source, self._paths, self._digests = (
-            reopen(manifest.source_kind, manifest.root),
-            manifest.paths,
-            manifest.source_sha256,
-        )
+        self._source = reopen(manifest.source_kind, manifest.root)
+        self._paths, self._digests = manifest.paths, manifest.source_sha256
         if not self._source.any_order:
             raise UserError(f"{path}: its images lie in {manifest.source_kind} shards, which are read as wholes; write a beton for "
                             f"data.loader=ffcv with: patchmill prep write {path} BETON")  # fmt: skip
