@@ -66,8 +66,8 @@ class ConfigError(UserError):
 # Settings that may change when a run is resumed: where things lie, how often something is said, how fast it runs.
 FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "profile.", "data.train", "data.val", "data.jit",
                   "data.threads", "data.stage_in", "data.eval_crop", "train.micro_batch", "engine.name", "engine.shard_size",
-                  "engine.reshard_after_forward", "engine.checkpoint_layers", "engine.compile", "engine.timeout_s",
-                  "engine.interface")  # fmt: skip
+                  "engine.reshard_after_forward", "engine.checkpoint_layers", "engine.compile", "engine.backend",
+                  "engine.interface", "engine.timeout_s")  # fmt: skip
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -199,9 +199,8 @@ def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{cfg.run.dir}/ranks/nccl-")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     store, timeout = _meet(cfg, place), timedelta(seconds=cfg.engine.timeout_s)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=PrefixStore("train", store), rank=int(place["RANK"]), world_size=size,
-                            timeout=timeout)  # fmt: skip
+    dist.init_process_group(choose_backend(cfg, device), store=PrefixStore("train", store), rank=int(place["RANK"]),
+                            world_size=size, timeout=timeout)  # fmt: skip
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
         yield World(int(place["RANK"]), size, int(place["LOCAL_RANK"]), control), device
@@ -209,7 +208,20 @@ def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
         dist.destroy_process_group()
 
 
+def choose_backend(cfg: Config, device: torch.device) -> str:
+    """torch's name of what tensors travel by: those of the CPU by gloo, those of ``device`` as ``engine.backend`` says."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,cuda:{'nccl' if cfg.engine.backend == 'auto' else cfg.engine.backend}"
+
+
 def _require_engine(cfg: Config, size: int) -> None:
+    if not torch.cuda.is_available():
+        for key, value, cure in (("precision", "fp16", "bf16"), ("backend", "nccl", "auto")):
+            if getattr(cfg.engine, key) == value:
+                raise UserError(
+                    f"engine.{key} = {value}: needs CUDA devices, and this host shows none; set engine.{key}={cure}"
+                )
     if cfg.engine.name == "single" and size > 1:
         raise UserError(f"engine.name = single: {size} processes were started; set engine.name=ddp, fsdp2 or hsdp")
 

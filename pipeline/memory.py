@@ -1,6 +1,6 @@
 """What a configuration holds in memory, from shapes alone: parameters, the engines' state, activations. No torch.
 
-Of fp32 weights, gradients and AdamW's moments an engine holds 16 bytes a trained parameter, in bf16 too. Activations are
+Of fp32 weights, gradients and AdamW's moments an engine holds 16 bytes a trained parameter, in bf16 and fp16 too. Activations are
 what the modules of ``pipeline.vit`` keep for the backward pass, uncompiled, with attention that keeps no scores.
 """
 
@@ -116,7 +116,7 @@ def averaged(cfg: Config) -> list[Parameter]:
 
 def compute_bytes(cfg: Config) -> int:
     """Bytes of a number in the matrix products."""
-    return 2 if cfg.engine.precision == "bf16" else FP32
+    return FP32 if cfg.engine.precision == "fp32" else 2
 
 
 def part(items: list[Parameter], shards: int) -> int:

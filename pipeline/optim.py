@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.settings import OptimConfig
+
+FIRST_SCALE: Final = 2.0**16
+SCALES: Final = (1.0, 2.0**24)
+GROWTH_STEPS: Final = 2000
 
 
 def takes_decay(name: str, parameter: Tensor) -> bool:
@@ -30,6 +34,26 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: OptimCo
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+class LossScale:
+    """What fp16's loss is multiplied by, so that small gradients are not lost: a power of 2 on the device, in ``scale``.
+
+    A step that is not finite halves it, ``GROWTH_STEPS`` good ones in a row double it (Micikevicius et al. 2018, section 3.2);
+    it stays within ``SCALES``, so a run whose loss is not finite for another reason does not end with a scale of 0.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Starts at ``FIRST_SCALE``."""
+        self.scale = torch.tensor(FIRST_SCALE, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """After a step; ``skipped`` is its 1.0 or 0.0. In place, and without a wait for the device."""
+        good = (self.good_steps + 1) * (1 - skipped)
+        grows = (good >= GROWTH_STEPS).float()
+        self.scale.mul_((1 + grows) * (1 - skipped / 2)).clamp_(*SCALES)
+        self.good_steps.copy_(good * (1 - grows))
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:

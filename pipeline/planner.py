@@ -40,7 +40,7 @@ class Gpu(Section):
     """A row of a GPU table: GiB, dense TFLOP/s, GB/s of its memory and to the host's other GPUs, each way."""
 
     memory_gib: AmountOf
-    bf16_tflops: AmountOf
+    half_tflops: AmountOf
     fp32_tflops: AmountOf
     memory_gb_s: AmountOf
     link_gb_s: AmountOf
@@ -99,7 +99,7 @@ class Machine:
 
     def peak(self, cfg: Config) -> float:
         """FLOP/s of a GPU by its datasheet in the configuration's precision."""
-        return 1e12 * (self.gpu.bf16_tflops if cfg.engine.precision == "bf16" else self.gpu.fp32_tflops)
+        return 1e12 * (self.gpu.fp32_tflops if cfg.engine.precision == "fp32" else self.gpu.half_tflops)
 
 
 class Layout(NamedTuple):

@@ -183,24 +183,26 @@ class OptimConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the steps are computed, in fp32 or with bf16 parameters under an fp32 master.
+    """How the steps are computed: in fp32, or with bf16 or fp16 parameters under an fp32 master (fp16: CUDA, with a loss scale).
 
     ``name``: single (one process), ddp (each process holds everything), fsdp2 (each holds a part of weights, moments and
     average), hsdp (groups of ``shard_size`` processes hold a part each, the groups are copies). ``reshard_after_forward``:
     fsdp2 and hsdp free a layer's gathered weights after its forward pass and gather them again for the backward pass.
     ``checkpoint_layers``: activations that are computed again in the backward pass to save memory: none, of all layers (full), of
     all but matrix products and attention (selective), or of every n-th layer. ``compile``: torch.compile, layer by layer.
-    ``timeout_s``: how long a process waits for the others. ``interface``: the network device for gloo and NCCL, such as eth0.
+    ``backend``: what gradients and weights travel by; auto is nccl between GPUs, else gloo. ``interface``: its network device,
+    such as eth0. ``timeout_s``: how long a process waits for the others.
     """
 
     name: Literal["single", "ddp", "fsdp2", "hsdp"] = "single"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     shard_size: Positive | None = None
     reshard_after_forward: bool = True
     checkpoint_layers: Literal["none", "full", "selective"] | Positive = "none"
     compile: bool = False
-    timeout_s: Positive = 600
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
     interface: str | None = None
+    timeout_s: Positive = 600
 
 
 class CheckpointConfig(Section):

@@ -2,12 +2,12 @@
 
 single (1,); ddp (W, 1), every process holds everything; fsdp2 (W,), each holds a part; hsdp (R, S), R copies in S parts.
 
-Weights, moments and the teacher's average are fp32; with ``engine.precision=bf16`` the parameters are cast for the
+Weights, moments and the teacher's average are fp32; with ``engine.precision`` bf16 or fp16 the parameters are cast for the
 matrix products and gradients are reduced in fp32, without autocast.
 """
 
 import math
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,12 @@ from torch.nn.utils import clip_grads_with_norm_
 from pipeline.config import Config, UserError
 from pipeline.engine import StepReport
 from pipeline.engine.layers import checkpoint_layers, compile_layers
+from pipeline.launch import choose_backend
 from pipeline.methods import build_method
 from pipeline.methods.common import Draw
-from pipeline.optim import build_optimizer
+from pipeline.optim import LossScale, build_optimizer
+
+COMPUTE: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -68,10 +71,10 @@ class TorchEngine:
         Raises UserError when the processes cannot be laid out as ``engine`` says.
         """
         if not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(choose_backend(cfg, device), store=dist.HashStore(), rank=0, world_size=1)
         self.device, self.cfg = device, cfg
-        self.compute = torch.bfloat16 if cfg.engine.precision == "bf16" else torch.float32
+        self.compute = COMPUTE[cfg.engine.precision]
+        self.loss_scale = LossScale(device) if self.compute == torch.float16 else None
         mesh = build_mesh(cfg, device)
         self.method = build_method(cfg, "meta")
         checkpoint_layers(self.method.layers(), cfg.engine.checkpoint_layers)
@@ -147,11 +150,17 @@ class TorchEngine:
         self.method.set_requires_gradient_sync(last)
         images = images.to(self.device, non_blocking=True)
         loss, logs = self.method(images, draw.to(self.device), self.teacher)
-        (loss / num_micro).backward()
+        loss = loss / num_micro
+        if self.loss_scale is not None:
+            logs = {**logs, "loss_scale": self.loss_scale.scale.clone()}
+            loss = loss * self.loss_scale.scale
+        loss.backward()
         return logs
 
     def step(self, lr: float, clip: float | None, momentum: float) -> StepReport:
         """See ``Engine.step``. Nothing here waits for the device: skipping goes through the optimizer's ``found_inf``."""
+        if self.loss_scale is not None:
+            torch._foreach_div_([_local(parameter.grad) for parameter in self.trained], self.loss_scale.scale)
         norms = gradient_norms([parameter.grad for parameter in self.trained])  # all have one
         norm = torch.linalg.vector_norm(norms)
         skipped = (~norm.isfinite()).float()
@@ -163,6 +172,8 @@ class TorchEngine:
         self.optimizer.found_inf = skipped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.loss_scale is not None:
+            self.loss_scale.update(skipped)
         if self.teacher is not None:
             # A skipped step must not pull the teacher towards weights that did not move.
             weight = (1 - momentum) * (1 - skipped)
@@ -193,6 +204,8 @@ class TorchEngine:
         }
         for name, parameter in self.named.items():
             state |= {f"{kind}.{name}": value for kind, value in self.optimizer.state.get(parameter, {}).items()}
+        if self.loss_scale is not None:
+            state |= {"loss_scale": self.loss_scale.scale, "loss_scale.good_steps": self.loss_scale.good_steps}
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -36,16 +36,18 @@ def test_fp32_on_the_device_agrees_with_the_cpu(method, options, tiny_config):
     assert gpu == pytest.approx(cpu, rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @variants
-def test_bf16_agrees_with_fp32_within_a_percent(method, options, tiny_config):
+def test_half_precision_agrees_with_fp32_within_a_percent(method, options, precision, tiny_config):
     exact = steps(TorchEngine(tiny_config(method, **options), torch.device("cuda")))
-    coarse = steps(TorchEngine(tiny_config(method, engine__precision="bf16", **options), torch.device("cuda")))
+    coarse = steps(TorchEngine(tiny_config(method, engine__precision=precision, **options), torch.device("cuda")))
     assert coarse == pytest.approx(exact, rel=1e-2)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @variants
-def test_a_step_never_waits_for_the_device(method, options, tiny_config):
-    engine = TorchEngine(tiny_config(method, **options), torch.device("cuda"))
+def test_a_step_never_waits_for_the_device(method, options, precision, tiny_config):
+    engine = TorchEngine(tiny_config(method, engine__precision=precision, **options), torch.device("cuda"))
     steps(engine)
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
     draw = engine.method.draw(torch.arange(8)).to("cuda")

@@ -291,10 +291,10 @@ def test_gpus_are_known_by_name_or_from_a_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--gpu H1: .*H200, H100, A100, V100, L40S"):
         find_gpu("H1")
     table = tmp_path / "mine.yaml"
-    row = "memory_gib: 24, bf16_tflops: 100, fp32_tflops: 50, memory_gb_s: 700, link_gb_s: 30"
+    row = "memory_gib: 24, half_tflops: 100, fp32_tflops: 50, memory_gb_s: 700, link_gb_s: 30"
     table.write_text(f"Mine: {{{row}}}\nBad: {{memory_gib: 24}}\nWrong: {{{row.replace('24', '-1')}}}\n")
     assert find_gpu("Mine", table).memory_gib == 24 and find_gpu("H200", table) == find_gpu("H200")
-    for name, problem in (("Bad", "Bad.bf16_tflops"), ("Wrong", "Wrong.memory_gib")):
+    for name, problem in (("Bad", "Bad.half_tflops"), ("Wrong", "Wrong.memory_gib")):
         with pytest.raises(UserError, match=problem):
             find_gpu(name, table)
 
