@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -173,6 +175,57 @@ def test_the_ranks_die_with_the_process_that_started_them(tmp_path):
     ranks = ranks_of(process)
     process.kill()
     assert not psutil.wait_procs(ranks, timeout=20)[1]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A run of two ranks that was killed after its checkpoints of the steps 4 and 8."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    process = start(run, "engine.name=fsdp2", "--nproc", "2")
+    while not (run / "checkpoints" / "step-00000008").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return run
+
+
+def overwrite(path: Path, position: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+SHARD = "shard-00002-model-00001-of-00001.safetensors"
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a flipped bit": lambda newest: overwrite(newest / SHARD, 5000),
+    "a shard that is cut off": lambda newest: os.truncate(newest / SHARD, 5000),
+    "a shard that is missing": lambda newest: (newest / SHARD).unlink(),
+    "a seal that is missing": lambda newest: (newest / "complete.json").unlink(),
+    "a seal that is cut off": lambda newest: os.truncate(newest / "complete.json", 50),
+    "another state": lambda newest: (newest / "state.json").write_text((older(newest) / "state.json").read_text()),
+}
+
+
+def older(newest: Path) -> Path:
+    return newest.parent / "step-00000004"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(killed, undisturbed, tmp_path, damage):
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    newest = max((run / "checkpoints").glob("step-*"))
+    DAMAGES[damage](newest)
+    process = start(run, "engine.name=fsdp2", "--nproc", "2")
+    assert process.wait(timeout=240) == 0, process.stderr.read()
+    said = process.stderr.read()
+    assert said.count(f"{newest} is broken") == 1
+    assert f"resume pcae vit_p: step {older(newest).name.removeprefix('step-').lstrip('0')} of 24" in said
+    for found, expected in zip(curve(run), undisturbed, strict=True):
+        assert found == pytest.approx(expected, rel=2e-6)
 
 
 def test_broken_checkpoints_are_passed_over_and_never_started_over(tmp_path):
