@@ -152,3 +152,29 @@ def tracking(
         statistic=FASTEST,
         mlflow=version("mlflow"),
     )
+
+
+@bench.command()
+def save(
+    gib: Annotated[float, typer.Option(min=0.001, help="Size of the state; host memory holds about five of it.")] = 1.0,
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A folder on the disk to measure; by default the system's temporary one."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; more calm the figures.")] = 8,
+    out: Out = None,
+) -> None:
+    """How long training waits for an asynchronous checkpoint beside a synchronous one and a plain copy, by the clock.
+
+    Example: patchmill bench save --gib 4 --folder /scratch --out save.json
+    """
+    from pipeline.bench.save import facts, run
+
+    _measure(
+        "save",
+        "save",
+        out,
+        lambda progress: run(gib, folder, rounds=rounds, progress=progress),
+        statistic="median of the rounds",
+        **facts(folder),
+    )
