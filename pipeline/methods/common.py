@@ -7,10 +7,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Self
 
-import matplotlib.figure
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -173,8 +171,11 @@ def rows_to_image(rows: Tensor, channels: int = 3) -> np.ndarray:
 
 def panels(columns: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
     """A grid of pictures: one titled column a stage, one row an image. Maps [H, W] are drawn in a colour scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows, width = len(columns[0][1]), len(columns)
-    figure = matplotlib.figure.Figure(figsize=(1.6 * width, 1.6 * rows + 0.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(1.6 * width, 1.6 * rows + 0.4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(rows, width, squeeze=False)
     for column, (title, pictures) in enumerate(columns):

@@ -254,14 +254,16 @@ def test_broken_checkpoints_are_passed_over_and_never_started_over(tmp_path):
     "more, message",
     [
         ([], "engine.name = single: 2 processes were started; set engine.name=ddp, fsdp2 or hsdp"),
-        (
+        pytest.param(
             ["engine.name=ddp", "train.global_batch=9"],
             "train.global_batch = 9: should be a multiple of the 2 processes",
+            marks=pytest.mark.slow,
         ),
         (["engine.name=ddp", "train.micro_batch=8"], "train.micro_batch = 8: should divide 4, the images of each of 2"),
-        (
+        pytest.param(
             ["engine.name=hsdp", "engine.shard_size=3"],
             "engine.shard_size = 3: should divide the 2 processes of this run",
+            marks=pytest.mark.slow,
         ),
         (["engine.name=ddp", "data.loader=folder", "data.train=nowhere.jsonl"], "nowhere.jsonl"),
     ],

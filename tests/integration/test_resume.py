@@ -74,7 +74,7 @@ def undisturbed(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> list[t
 def test_same_seed_twice_gives_identical_losses_and_another_seed_does_not(beton, undisturbed, tmp_path):
     assert start(tmp_path / "again", beton).wait() == 0
     assert curve(tmp_path / "again") == undisturbed
-    assert start(tmp_path / "other", beton, "train.seed=1").wait() == 0
+    assert start(tmp_path / "other", beton, "train.seed=1", "train.epochs=1").wait() == 0
     assert curve(tmp_path / "other")[0] != undisturbed[0]
 
 
@@ -91,7 +91,10 @@ def test_killed_inside_a_save_in_an_epochs_last_batch_and_in_the_second_epoch(be
     assert discarded, "no line past a checkpoint was set aside"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR2)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *OTHERS])
 def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on(beton, undisturbed, tmp_path, number):
     run = tmp_path / "run"
     process = start(run, beton, "checkpoint.every_steps=1000")
