@@ -59,6 +59,14 @@ def build_mesh(cfg: Config, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
+def join_alone() -> None:
+    """Make a process group of this process alone, unless it is in one: gloo, and NCCL for what lies on a CUDA device."""
+    if not dist.is_initialized():
+        # Whatever this engine's device: the group stays, and gloo would make the next one wait for a CUDA device.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 class TorchEngine:
     """One of W processes, on a CPU or a GPU. See ``pipeline.engine.Engine``."""
 
@@ -67,9 +75,7 @@ class TorchEngine:
 
         Raises UserError when the processes cannot be laid out as ``engine`` says.
         """
-        if not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        join_alone()
         self.device, self.cfg = device, cfg
         self.compute = torch.bfloat16 if cfg.engine.precision == "bf16" else torch.float32
         mesh = build_mesh(cfg, device)
