@@ -40,7 +40,7 @@ class Saver:
         # What is agreed on in the background must not meet what training agrees on.
         group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._folder, self._keep, self._world = folder, keep, replace(world, control=group)
-        cuda = device.type == "cuda"
+        self._device, cuda = device, device.type == "cuda"
         self._stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True,
                                                     use_non_blocking_copy=cuda))  # fmt: skip
         self._copy: Future[dict[str, Tensor]] | None = None
@@ -51,6 +51,9 @@ class Saver:
     def start(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin to save; ``ready`` must be called before ``tensors`` change. The save before it must have been waited for."""
         began = time.perf_counter()
+        if self._device.type == "cuda":
+            # The copy runs on a stream of its own, which would overtake the steps that are still queued.
+            torch.cuda.current_stream(self._device).synchronize()
         self._copy = cast("Future[dict[str, Tensor]]", self._stager.stage(tensors))
         arguments = (self._copy, step, state, began)
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)

@@ -104,6 +104,10 @@ def sincos_2d(grid: int, width: int, *, class_token: bool) -> Tensor:
     return table.float()[None]
 
 
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
 class KeyedBlock(Block):
     """timm's block whose stochastic depth is an argument: nothing in a forward pass draws a random number."""
 
@@ -112,14 +116,18 @@ class KeyedBlock(Block):
         super().__init__(*args, **kwargs)
         self.drop_rate = drop_path
 
-    def _branch(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        return x if keep is None else x * (keep / (1 - self.drop_rate)).to(x.dtype)[:, None, None]
+    def factors(self, keep: Tensor | None) -> Tensor | None:
+        """What attention and MLP are multiplied by, fp32 [2, B], when ``keep`` bool [2, B] of them stay; None for all.
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Tokens [B, n, D]; ``attn_mask`` bool, True may attend; ``keep`` bool [2, B] for attention and MLP, or None for all."""
-        attention_keep, mlp_keep = (None, None) if keep is None else (keep[0], keep[1])
-        x = x + self._branch(self.attn(self.norm1(x), attn_mask=attn_mask), attention_keep)
-        return x + self._branch(self.mlp(self.norm2(x)), mlp_keep)
+        Not in ``forward``: each block has a rate of its own, and would be compiled on its own with it.
+        """
+        return None if keep is None else keep / (1 - self.drop_rate)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
+        """Tokens [B, n, D]; ``attn_mask`` bool, True may attend; ``factors`` [2, B] of attention and MLP, or None for 1."""
+        attention, mlp = (None, None) if factors is None else factors.to(x.dtype)[..., None, None]
+        x = x + _times(self.attn(self.norm1(x), attn_mask=attn_mask), attention)
+        return x + _times(self.mlp(self.norm2(x)), mlp)
 
 
 def encoder_kwargs(shape: Any, image_size: int, *, class_token: bool) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def encode_visible(encoder: VisionTransformer, patches: Tensor, ids: Tensor, kee
     class_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
     x = torch.cat([class_token, tokens], dim=1)
     for index, block in enumerate(encoder.blocks):
-        x = block(x, keep=None if keep is None else keep[index])
+        x = block(x, factors=block.factors(None if keep is None else keep[index]))
     return encoder.norm(x)
 
 

@@ -116,6 +116,38 @@ def parity(
 
 
 @bench.command()
+def engines(
+    method: Annotated[str, typer.Option(help="The method: mae, pcae or randsac.")] = "pcae",
+    model: Annotated[str, typer.Option(help="The encoder, such as vit_l; on a CPU take vit_p.")] = "vit_l",
+    batch: Batch = 32,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    rounds: Rounds = 8,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Also the ten dearest kernels of the single engine's step.")
+    ] = False,
+    out: Out = None,
+) -> None:
+    """Time and peak memory of a training step of each engine in one process beside a bare PyTorch loop, interleaved.
+
+    On a CUDA device where there is one: all engines stay there together. On a CPU it is CPU time on one thread.
+
+    Example: patchmill bench engines --model vit_p --batch 8 --precision fp32 --out engines.json
+    """
+    from pipeline.bench.engines import device_name, run
+
+    _measure(
+        "engines",
+        "run",
+        out,
+        lambda progress: run(
+            method, model, batch=batch, precision=precision, rounds=rounds, kernels=kernels, progress=progress
+        ),
+        statistic=FASTEST,
+        device=device_name(),
+    )
+
+
+@bench.command()
 def loop(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a run.")] = 2000,
     rounds: Rounds = 8,

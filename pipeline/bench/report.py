@@ -1,5 +1,6 @@
 """A benchmark's rows as JSON that says where they were measured."""
 
+import contextlib
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,15 @@ def _cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
+def _versions() -> dict[str, str]:
+    """Of what is installed: not every benchmark needs every package."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def write_report(path: Path, rows: Sequence[Any], **facts: str) -> None:
     """Write dataclass ``rows`` with hardware, versions, load average (1, 5, 15 minutes), date, command line and ``facts``."""
     report = {
@@ -40,7 +50,7 @@ def write_report(path: Path, rows: Sequence[Any], **facts: str) -> None:
         "hardware": {"cpu": _cpu_model(), "cpus": os.cpu_count()},
         "load_average": os.getloadavg(),
         **facts,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         "rows": [asdict(row) for row in rows],
     }
     path.write_text(json.dumps(report, indent=2) + "\n")

@@ -20,7 +20,6 @@ from torch.nn.utils import clip_grads_with_norm_
 from pipeline.config import Config, UserError
 from pipeline.engine import StepReport
 from pipeline.engine.layers import checkpoint_layers, compile_layers
-from pipeline.launch import choose_backend
 from pipeline.methods import build_method
 from pipeline.methods.common import Draw
 from pipeline.optim import LossScale, build_optimizer
@@ -62,6 +61,14 @@ def build_mesh(cfg: Config, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
+def join_alone() -> None:
+    """Make a process group of this process alone, unless it is in one: gloo, and NCCL for what lies on a CUDA device."""
+    if not dist.is_initialized():
+        # Whatever this engine's device: the group stays, and gloo would make the next one wait for a CUDA device.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 class TorchEngine:
     """One of W processes, on a CPU or a GPU. See ``pipeline.engine.Engine``."""
 
@@ -70,8 +77,7 @@ class TorchEngine:
 
         Raises UserError when the processes cannot be laid out as ``engine`` says.
         """
-        if not dist.is_initialized():
-            dist.init_process_group(choose_backend(cfg, device), store=dist.HashStore(), rank=0, world_size=1)
+        join_alone()
         self.device, self.cfg = device, cfg
         self.compute = COMPUTE[cfg.engine.precision]
         self.loss_scale = LossScale(device) if self.compute == torch.float16 else None
@@ -177,7 +183,10 @@ class TorchEngine:
         if self.teacher is not None:
             # A skipped step must not pull the teacher towards weights that did not move.
             weight = (1 - momentum) * (1 - skipped)
-            torch._foreach_lerp_(list(self.ema.values()), self._masters, [weight] * len(self.ema))
+            # In three fused kernels; of _foreach_lerp_ a weight on the device would make one for each tensor.
+            ways = torch._foreach_sub(self._masters, list(self.ema.values()))
+            torch._foreach_mul_(ways, weight)
+            torch._foreach_add_(list(self.ema.values()), ways)
             self._refresh_teacher()
         return StepReport(norm, skipped, culprit)
 

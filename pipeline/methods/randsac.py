@@ -178,7 +178,7 @@ class RandSAC(Method):
         """The output of every block, L x [B, n_s, D], for patches [B, n_s, C, p, p] under ``mask``; normed without skips."""
         x, layers = embed(self.encoder, patches, source_ids), []
         for index, block in enumerate(self.encoder.blocks):
-            x = block(x, attn_mask=mask, keep=None if keep is None else keep[index])
+            x = block(x, attn_mask=mask, factors=block.factors(None if keep is None else keep[index]))
             layers.append(x)
         return layers if self.decoder.skip is not None else [self.encoder.norm(x)]
 

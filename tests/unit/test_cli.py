@@ -11,7 +11,7 @@ from pipeline.cli import app, main
 
 VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"],
          ["eval", "linear"], ["visualize"], ["export"], ["sync"], ["bench", "data"], ["bench", "methods"],
-         ["bench", "attention"], ["bench", "parity"], ["bench", "loop"],
+         ["bench", "attention"], ["bench", "parity"], ["bench", "engines"], ["bench", "loop"],
          ["bench", "tracking"], ["bench", "save"], ["quickstart"]]  # fmt: skip
 
 

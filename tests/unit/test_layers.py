@@ -101,6 +101,15 @@ def test_compiled_layers_are_compiled_in_the_first_step_only_and_agree(
     assert len(set(compiled)) == 1
 
 
+def test_blocks_that_differ_in_their_stochastic_depth_share_the_compiled_code(tiny, images, monkeypatch):
+    """Else the ninth block would exceed torch's limit of recompilations, and any deep encoder with it."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(layers_module, "COMPILER", counter)
+    train(tiny("mae", model__name="vit_t", engine__compile=True), images, 1)
+    assert counter.frame_count == 2  # encoder and decoder
+
+
 def test_a_setting_that_is_none_of_these_is_refused(tiny):
     for value in ("0", "some"):
         with pytest.raises(ConfigError, match=r"engine\.checkpoint_layers"):

@@ -204,7 +204,7 @@ def test_a_dropped_branch_adds_nothing_and_a_kept_one_is_scaled_up(tiny_config: 
     x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0))
     keep = torch.tensor([[True, False, False], [True, True, False]])
     with torch.no_grad():
-        out = block(x, keep=keep)
+        out = block(x, factors=block.factors(keep))
         middle = x + block.attn(block.norm1(x)) / 0.4 * keep[0].float()[:, None, None]
         expected = middle + block.mlp(block.norm2(middle)) / 0.4 * keep[1].float()[:, None, None]
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)

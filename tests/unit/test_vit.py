@@ -163,19 +163,19 @@ def test_kept_branches_are_scaled_and_dropped_ones_are_not_there(rate: float) ->
     keep = torch.tensor([[True, True, False, False], [True, False, True, False]])
     factor = keep.float() / (1 - rate)
     with torch.no_grad():
-        got, expected = ours(x, keep=keep), branches(theirs, x, factor[0], factor[1])
+        got, expected = ours(x, factors=ours.factors(keep)), branches(theirs, x, factor[0], factor[1])
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(got[3], x[3])
-        everything = ours(x, keep=torch.ones(2, 4, dtype=torch.bool))
+        everything = ours(x, factors=ours.factors(torch.ones(2, 4, dtype=torch.bool)))
         torch.testing.assert_close(everything[0], got[0])
         assert not torch.allclose(everything[0], ours(x)[0], atol=1e-3)
 
 
 def test_a_dropped_branch_gives_no_gradient_and_bf16_stays_bf16() -> None:
     ours, _ = blocks(0.5)
-    ours(random(2, 5, 48), keep=torch.tensor([[False, False], [True, True]])).sum().backward()
+    ours(random(2, 5, 48), factors=ours.factors(torch.tensor([[False, False], [True, True]]))).sum().backward()
     assert not ours.attn.qkv.weight.grad.any() and ours.mlp.fc1.weight.grad.any()
-    out = ours.bfloat16()(random(2, 5, 48).bfloat16(), keep=torch.ones(2, 2, dtype=torch.bool))
+    out = ours.bfloat16()(random(2, 5, 48).bfloat16(), factors=ours.factors(torch.ones(2, 2, dtype=torch.bool)))
     assert out.dtype == torch.bfloat16
 
 
