@@ -183,10 +183,7 @@ class TorchEngine:
         if self.teacher is not None:
             # A skipped step must not pull the teacher towards weights that did not move.
             weight = (1 - momentum) * (1 - skipped)
-            # In three fused kernels; of _foreach_lerp_ a weight on the device would make one for each tensor.
-            ways = torch._foreach_sub(self._masters, list(self.ema.values()))
-            torch._foreach_mul_(ways, weight)
-            torch._foreach_add_(list(self.ema.values()), ways)
+            torch._foreach_lerp_(list(self.ema.values()), self._masters, [weight] * len(self.ema))
             self._refresh_teacher()
         return StepReport(norm, skipped, culprit)
 
