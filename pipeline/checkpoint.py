@@ -112,11 +112,11 @@ def _seal_of(path: Path) -> dict[str, Any]:
 
 def _write_shard(temporary: Path, tensors: dict[str, Tensor], world: World) -> dict[str, Any]:
     """This rank's file, and what the seal says of it."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    dcp_save(tensors, storage_writer=writer, process_group=world.control)
+    from pipeline.shards import ShardWriter
+
+    dcp_save(tensors, storage_writer=ShardWriter(str(temporary)), process_group=world.control)
     own = sorted(temporary.glob(f"shard-{world.rank + 1:05d}-*"))
     return {name: entry for path in own for name, entry in _seal_of(path).items()}
 

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -92,6 +93,7 @@ class Trainer:
         """
         with self.world.together():
             self.engine: Engine = TorchEngine(self.cfg, self.device)
+        began = time.perf_counter()
         with self.world.together():
             chosen = checkpoint.choose(self.checkpoints) if self.world.is_main else None
         path = self.world.from_main(chosen)
@@ -99,6 +101,7 @@ class Trainer:
         with self.world.together():
             if path is not None:
                 self._load(path, state)
+        self.load_s = time.perf_counter() - began
         streak = state.get("nonfinite_streak", 0)
         self.guard = NonFiniteGuard(self.cfg.guard.max_nonfinite, 0 if before_streak else streak)
         self.skipped_ranges = [tuple(pair) for pair in state.get("skipped_ranges", [])]
@@ -162,7 +165,7 @@ class Trainer:
         cfg, plan = self.cfg, self.plan
         kind = "resume" if self.step else "start"
         self.run_log.write(kind, step=self.step, total_steps=plan.total_steps, lr=cfg.lr, base_lr=cfg.optim.base_lr,
-                           flops_per_image=flops_per_image(cfg).step, versions=_versions())  # fmt: skip
+                           load_s=self.load_s, flops_per_image=flops_per_image(cfg).step, versions=_versions())  # fmt: skip
         log.info("%s %s %s: step %d of %d, %d images, batch %d, lr %.3g (base_lr %.3g x %d / 256)", kind, cfg.method.name,
                  cfg.model.name, self.step, plan.total_steps, self.loader.num_samples, cfg.train.global_batch, cfg.lr,
                  cfg.optim.base_lr, cfg.train.global_batch)  # fmt: skip

@@ -141,6 +141,8 @@ def test_a_cut_off_newest_checkpoint_is_passed_over_and_the_run_comes_out_the_sa
     assert run_it(copy) == 0
     assert losses(copy) == losses(finished)
     assert checkpoint.choose(copy / "checkpoints").name == "step-00000012"
+    starts = [line for line in read_log(copy / "log.jsonl") if line["kind"] in ("start", "resume")]
+    assert 0 <= starts[0]["load_s"] < starts[1]["load_s"] < starts[1]["time"] - starts[0]["time"]
 
 
 def test_when_all_checkpoints_are_broken_the_run_does_not_start_over(copy):

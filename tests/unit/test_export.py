@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
+from exported import as_printed, own_features
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.config import Config, UserError
 from pipeline.engine.torch import TorchEngine
-from pipeline.export import ExportReport, export
+from pipeline.export import export
 from pipeline.methods import build_method
 from pipeline.runs import restore
-from pipeline.vit import embed, encode_visible, normalise, patchify, timm
+from pipeline.vit import normalise
 
 METHODS = ("randsac", "pcae", "mae")
 
@@ -45,34 +45,13 @@ def trained(tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPat
     return runs
 
 
-def as_printed(report: ExportReport) -> nn.Module:
-    """Run the Python that the report prints, to the letter."""
-    first, _, code = str(report).partition("\n")
-    assert first == f"wrote {report.path}; load it with"
-    names: dict[str, Any] = {"timm": timm, "safetensors": safetensors, "torch": torch}
-    exec("\n".join(line.strip() for line in code.splitlines()), names)  # noqa: S102
-    return names["model"].eval()
-
-
-def own_features(encoder: nn.Module, images: Tensor, patch_size: int) -> Tensor:
-    """The features of all patches by the path that pretraining takes."""
-    patches = patchify(normalise(images), patch_size)
-    ids = torch.arange(patches.shape[1]).expand(len(images), -1)
-    if encoder.has_class_token:
-        return encode_visible(encoder, patches, ids, None)
-    x = embed(encoder, patches, ids)
-    for block in encoder.blocks:
-        x = block(x)
-    return encoder.norm(x)
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_timm_loads_it_as_printed_and_computes_the_same(
     name: str, trained: dict[str, Any], images: Tensor, tmp_path: Path
 ) -> None:
     folder, engine = trained[name]
     report = export(folder, tmp_path / "deep" / "encoder.safetensors")
-    model = as_printed(report)
+    model = as_printed(report, report.path)
     with torch.no_grad():
         got = model.forward_features(normalise(images))
         encoder = restore(folder).method.encoder.eval()
@@ -100,7 +79,8 @@ def test_the_file_says_what_it_is_and_holds_nothing_else(name: str, trained: dic
 
 def test_the_average_can_be_exported(trained: dict[str, Any], tmp_path: Path) -> None:
     folder, engine = trained["pcae"]
-    model = as_printed(export(folder, tmp_path / "ema.safetensors", "ema"))
+    report = export(folder, tmp_path / "ema.safetensors", "ema")
+    model = as_printed(report, report.path)
     for key, value in model.state_dict().items():
         if key != "pos_embed":
             assert torch.equal(value, engine.ema[key]), key
@@ -172,6 +152,6 @@ def test_vit_b_at_full_size(name: str, size: int, tiny_config: Callable[..., Con
     shutil.rmtree(tmp_path / "run")
     images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
-        got = as_printed(report).forward_features(normalise(images))
+        got = as_printed(report, report.path).forward_features(normalise(images))
         torch.testing.assert_close(got, own_features(method.encoder, images, 16), atol=1e-5, rtol=0)
     report.path.unlink()
