@@ -82,10 +82,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def binding_differences(old: Config, new: Config) -> list[str]:
-    """The settings that differ and may not on resume, each as ``key: old -> new``."""
+    """The settings that differ and may not on resume, each as ``key = old (not new)``."""
     a, b = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     keys = sorted(key for key in a.keys() | b.keys() if not key.startswith(FREE_ON_RESUME))
-    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+    return [f"{key} = {a.get(key)} (not {b.get(key)})" for key in keys if a.get(key) != b.get(key)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -166,6 +166,8 @@ def _explain(error: Any, tree: Mapping[str, Any]) -> tuple[tuple[str, ...], str]
     location = tuple(str(part) for part in error["loc"])
     if len(location) > 1 and location[0] == "method" and location[1] == method:
         location = (location[0], *location[2:])  # pydantic puts the union's tag between
+    if location[:2] == ("engine", "checkpoint_layers"):
+        location = location[:2]  # what follows names a member of the union
     key, kind = ".".join(location), error["type"]
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1], method)
@@ -178,6 +180,11 @@ def _explain(error: Any, tree: Mapping[str, Any]) -> tuple[tuple[str, ...], str]
         return location, f"method.name = {method!r}: should be one of {', '.join(METHOD_CONFIGS)}"
     if kind == "union_tag_not_found":
         return ("method", "name"), f"method.name: is required and not set: one of {', '.join(METHOD_CONFIGS)}"
+    if location == ("engine", "checkpoint_layers"):
+        return (
+            location,
+            f"{key} = {error['input']!r}: should be none, full, selective, or n of at least 1 for every n-th layer",
+        )
     message = error["msg"][0].lower() + error["msg"][1:]
     return location, f"{key} = {error['input']!r}: {message.replace('input should', 'should')}"
 
@@ -266,6 +273,11 @@ def _check_engine(cfg: Config) -> Iterable[str]:
                "share out the weights; leave it out")  # fmt: skip
 
 
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is not above ``most``."""
+    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
+
+
 def _check(cfg: Config) -> Iterable[str]:
     """What no field can see alone."""
     data, train, optim = cfg.data, cfg.train, cfg.optim
@@ -280,6 +292,10 @@ def _check(cfg: Config) -> Iterable[str]:
         yield from _check_method(cfg)
     if data.loader != "synthetic" and data.train is None:
         yield f"data.train: is required and not set: the {'beton' if data.loader == 'ffcv' else 'manifest'} to train on"
+    if cfg.eval.loss_every and data.loader != "synthetic" and data.val is None:
+        yield f"data.val: is required and not set: eval.loss_every = {cfg.eval.loss_every} takes the loss of its images"
+    if cfg.profile.start_step and train.steps and cfg.profile.start_step > train.steps:
+        yield f"profile.start_step = {cfg.profile.start_step}: comes never, the run has train.steps = {train.steps}"
     if data.stage_in is not None and data.loader != "ffcv":
         yield f"data.stage_in = {data.stage_in}: copies betons; set data.loader=ffcv (not {data.loader}) or leave it out"
     if data.shuffle == "windowed" and data.loader != "ffcv":
@@ -289,12 +305,12 @@ def _check(cfg: Config) -> Iterable[str]:
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas = {list(optim.betas)}: should lie in [0, 1)"
     if (train.epochs is None) == (train.steps is None):
-        yield "train.epochs, train.steps: set exactly one of the two"
+        yield "train.epochs, train.steps: set exactly one of the two; null takes back what a file sets (train.epochs=null)"
     if optim.warmup_epochs is not None and optim.warmup_steps is not None:
-        yield "optim.warmup_epochs, optim.warmup_steps: set at most one of the two"
+        yield "optim.warmup_epochs, optim.warmup_steps: set at most one of the two; null takes back what a file sets"
     if train.global_batch % cfg.micro_batch:
         yield (f"train.global_batch = {train.global_batch}: should be a multiple of train.micro_batch ({cfg.micro_batch}): "
-               f"lower train.micro_batch to {math.gcd(train.global_batch, cfg.micro_batch)}, or take a global batch of "
+               f"lower train.micro_batch to {_divisor(train.global_batch, cfg.micro_batch)}, or take a global batch of "
                f"{math.ceil(train.global_batch / cfg.micro_batch) * cfg.micro_batch}")  # fmt: skip
     yield from _check_engine(cfg)
     for key in ("ema", "ema_end", "ema_batch"):

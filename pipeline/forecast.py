@@ -110,7 +110,7 @@ class Forecast:
             f"and not under {1e3 * step.launch:.1f} to start the kernels, uncompiled",
             f"             predicted {hours:,.1f} hours, {hours * machine.gpus:,.1f} GPU-hours",
             f"input        predicted {rate:,.0f} images/s in all, {rate * IMAGE_BYTES / MEGA:,.0f} MB/s at 50 kB an image, "
-            f"{rate / CORE_IMAGES_S:,.1f} cores at {CORE_IMAGES_S} images/s",
+            f"{rate / CORE_IMAGES_S:,.1f} cores at {CORE_IMAGES_S} images/s (as FFCV publishes)",
         ]
 
     def __str__(self) -> str:
@@ -120,6 +120,9 @@ class Forecast:
         words += f" train.micro_batch={step.micro_batch}" if step else ""
         advice = [f"engine       predicted best on {machine.gpus} x {self.gpu_name}, {machine.per_host} a host: {words}",
                   f"             {self.advice.reason}"]  # fmt: skip
+        asked = self.cfg.engine.name
+        if asked != self.advice.layout.engine:
+            advice.append(f"             predicted for it, not for the configuration's engine.name={asked}")
         found = [f"warning      {line}" for line in self.warnings]
         return "\n".join([*self._counts(), *self._memory(), *advice, *self._time(), *found])
 

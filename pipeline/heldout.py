@@ -5,9 +5,8 @@ import torch
 
 from pipeline.config import Config, UserError
 from pipeline.engine import Engine
-from pipeline.launch import World
+from pipeline.launch import Portion, World
 from pipeline.runs import open_images
-from pipeline.steps import Portion
 
 
 class HeldOut:

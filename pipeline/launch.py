@@ -4,6 +4,7 @@ They are started by torchrun, by srun, or by ``patchmill train --nproc N``; noth
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -70,8 +71,8 @@ class World:
         """What an error was: RankLost where the network says that another process does not answer, else ``error``."""
         text = " ".join(str(error).split())
         if self.size > 1 and isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError)):
-            return RankLost(f"{self.name} has lost another rank, which ended or does not answer; see what that one said "
-                            f"({text[:200]})")  # fmt: skip
+            return RankLost(f"{self.name} has lost another rank, which ended or does not answer; see what that one said, "
+                            f"and start the run again to go on ({text[:200]})")  # fmt: skip
         return error
 
     @contextmanager
@@ -92,6 +93,30 @@ class World:
                 raise found
         if any(everywhere):
             raise SystemExit(2)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What one rank does of a global batch: ``samples`` of it, in ``num_micro`` micro-batches of ``micro`` images."""
+
+    samples: slice
+    micro: int
+    num_micro: int
+
+    @classmethod
+    def of(cls, cfg: Config, world: World) -> "Portion":
+        """Raises UserError when the ranks and micro-batches do not divide the global batch."""
+        batch = cfg.train.global_batch
+        if batch % world.size:
+            raise UserError(
+                f"train.global_batch = {batch}: should be a multiple of the {world.size} processes of this run"
+            )
+        share = batch // world.size
+        micro = share if cfg.train.micro_batch == "auto" else cfg.train.micro_batch
+        if share % micro:
+            raise UserError(f"train.micro_batch = {micro}: should divide {share}, the images of each of {world.size} processes "
+                            f"in a batch of {batch}; take {math.gcd(share, micro)}")  # fmt: skip
+        return cls(slice(world.rank * share, (world.rank + 1) * share), micro, share // micro)
 
 
 def _first_host(nodes: str) -> str:
@@ -151,7 +176,7 @@ def _meet(cfg: Config, place: Mapping[str, str]) -> "TCPStore":
         store.wait(names, timeout)
     except dist.DistStoreError:
         missing = [other for other, name in enumerate(names) if not store.check([name])]
-        raise UserError(f"of {size} ranks {', '.join(map(str, missing))} have not come within engine.timeout_s = "
+        raise UserError(f"of {size} processes rank {', '.join(map(str, missing))} did not come within engine.timeout_s = "
                         f"{cfg.engine.timeout_s} s; start as many as WORLD_SIZE says") from None  # fmt: skip
     _require_same_settings([json.loads(store.get(name)) for name in names])
     return store
@@ -180,7 +205,7 @@ def _device(place: Mapping[str, str]) -> torch.device:
 def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
     """The processes of this run, all come and of one configuration, and this one's device.
 
-    Raises UserError when they do not come, differ, or are more than ``engine.name`` can use.
+    Raises UserError when they do not come, differ, or are not as many as ``engine`` and the batch can be shared by.
     """
     if PARENT in os.environ:
         die_with(int(os.environ[PARENT]))
@@ -192,6 +217,10 @@ def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
         yield World(), device
         return
     if cfg.engine.interface is not None:
+        devices = [device for _, device in socket.if_nameindex()]
+        if cfg.engine.interface not in devices:
+            raise UserError(f"engine.interface = {cfg.engine.interface}: {socket.gethostname()} has no such network device, but "
+                            + ", ".join(devices))  # fmt: skip
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ[name] = cfg.engine.interface
     if device.type == "cuda":
@@ -224,13 +253,17 @@ def _require_engine(cfg: Config, size: int) -> None:
                 )
     if cfg.engine.name == "single" and size > 1:
         raise UserError(f"engine.name = single: {size} processes were started; set engine.name=ddp, fsdp2 or hsdp")
+    shard = cfg.engine.shard_size
+    if shard is not None and size % shard:
+        raise UserError(f"engine.shard_size = {shard}: should divide the {size} processes of this run")
+    Portion.of(cfg, World(size=size))
 
 
 def start_local(cfg: Config, arguments: Sequence[str], count: int) -> int:
     """Run ``patchmill`` with these arguments in ``count`` processes on this host; their exit code.
 
     They get this one's signals and die with it. When one fails the others have some seconds to end by themselves.
-    Raises UserError for an engine of one process.
+    Raises UserError when ``engine`` or the batch cannot be shared by so many.
     """
     _require_engine(cfg, count)
     # Held here, its port is free for certain and stays taken.

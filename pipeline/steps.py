@@ -1,45 +1,18 @@
 """What a step is: the part of a global batch that a rank takes, the work on it, and the line that the log has of it."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.config import Config, UserError
 from pipeline.data import Batch
 from pipeline.engine import Engine
 from pipeline.guard import NonFinite, NonFiniteGuard
-from pipeline.launch import World
+from pipeline.launch import Portion, World
 from pipeline.metrics import Meter
 from pipeline.runlog import RunLog
 from pipeline.tracking import MlflowSink
-
-
-@dataclass(frozen=True)
-class Portion:
-    """What one rank does of a global batch: ``samples`` of it, in ``num_micro`` micro-batches of ``micro`` images."""
-
-    samples: slice
-    micro: int
-    num_micro: int
-
-    @classmethod
-    def of(cls, cfg: Config, world: World) -> "Portion":
-        """Raises UserError when the ranks and micro-batches do not divide the global batch."""
-        batch = cfg.train.global_batch
-        if batch % world.size:
-            raise UserError(
-                f"train.global_batch = {batch}: should be a multiple of the {world.size} processes of this run"
-            )
-        share = batch // world.size
-        micro = share if cfg.train.micro_batch == "auto" else cfg.train.micro_batch
-        if share % micro:
-            raise UserError(f"train.micro_batch = {micro}: should divide {share}, the images of each of {world.size} processes "
-                            f"in a batch of {batch}; take {math.gcd(share, micro)}")  # fmt: skip
-        return cls(slice(world.rank * share, (world.rank + 1) * share), micro, share // micro)
 
 
 class Silent:

@@ -22,14 +22,14 @@ from pipeline.engine.torch import TorchEngine
 from pipeline.estimate import flops_per_image
 from pipeline.guard import Agreement, Heartbeat, NonFinite, NonFiniteGuard, StopRequest, Stragglers
 from pipeline.heldout import HeldOut
-from pipeline.launch import World, connect
+from pipeline.launch import Portion, World, connect
 from pipeline.metrics import Progress, setup_logging
 from pipeline.optim import lr_at, momentum_at
 from pipeline.order import Plan
 from pipeline.profiling import Profiler
 from pipeline.runs import open_images, open_run, write_why
 from pipeline.saver import Saved, Saver
-from pipeline.steps import Portion, Silent, StepBuffer, update
+from pipeline.steps import Silent, StepBuffer, update
 from pipeline.tracking import MlflowSink, RunLog, discard_after, read_log, resolve_uri
 
 log = logging.getLogger("patchmill")
@@ -169,7 +169,7 @@ class Trainer:
         log.info("%s %s %s: step %d of %d, %d images, batch %d, lr %.3g (base_lr %.3g x %d / 256)", kind, cfg.method.name,
                  cfg.model.name, self.step, plan.total_steps, self.loader.num_samples, cfg.train.global_batch, cfg.lr,
                  cfg.optim.base_lr, cfg.train.global_batch)  # fmt: skip
-        log.info("decoding on %d threads: %s", *decode_threads(cfg.data.threads))
+        log.info("decoding threads: %d (%s)", *decode_threads(cfg.data.threads))
         status = "FAILED"
         try:
             with Heartbeat(self.folder, self.world, cfg.guard.hang_s, cfg.engine.timeout_s, self._hung) as self.heart:
@@ -282,8 +282,9 @@ class Trainer:
         self._open_log()
         self.run_log.write("rollback", step=self.step, first=found.first, last=found.last, tensor=tensor,
                            skipped_ranges=ranges)  # fmt: skip
-        log.warning("%s (in the backward pass it began at %s); back to step %d, without the batches of these steps", found,
-                    tensor, self.step)  # fmt: skip
+        say = log.warning if self.world.is_main else log.debug  # all know it
+        say("%s (in the backward pass it began at %s); back to step %d, without the batches of these steps", found,
+            tensor, self.step)  # fmt: skip
 
     def _hung(self, reason: str) -> None:
         self.run_log.write("stop", step=self.step, reason=reason)

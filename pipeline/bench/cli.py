@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -120,7 +120,7 @@ def engines(
     method: Annotated[str, typer.Option(help="The method: mae, pcae or randsac.")] = "pcae",
     model: Annotated[str, typer.Option(help="The encoder, such as vit_l; on a CPU take vit_p.")] = "vit_l",
     batch: Batch = 32,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the matrix products.")] = "bf16",
     rounds: Rounds = 8,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Also the ten dearest kernels of the single engine's step.")

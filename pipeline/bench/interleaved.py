@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from pipeline.config import UserError
+from pipeline.config import RunFailed, UserError
 
 TOLERANCE: Final = 0.03
 MIN_ROUNDS: Final = 8
@@ -72,7 +72,7 @@ def _refuse_restless(figures: Figures) -> None:
     restless = {name: ratio for name, (_, ratio) in figures.items() if abs(ratio - 1) > TOLERANCE}
     if restless:
         found = ", ".join(f"{name} {ratio:.3f}" for name, ratio in restless.items())
-        raise UserError(f"the machine is too restless for a figure: A/A of {found}, should be within {TOLERANCE:.0%} "
+        raise RunFailed(f"the machine is too restless for a figure: A/A of {found}, should be within {TOLERANCE:.0%} "
                         "of 1; run it again when nothing else runs")  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def measure(
 ) -> Figures:
     """``interleave`` what ``build`` makes, on one thread.
 
-    Raises UserError for fewer than 8 rounds, and when any A/A ratio is more than 3 % off 1.
+    Raises UserError for fewer than 8 rounds, RunFailed when any A/A ratio is more than 3 % off 1.
     """
     _check_rounds(rounds)
     with _one_thread():

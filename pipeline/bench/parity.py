@@ -150,9 +150,9 @@ def run_case(case: Case, steps: int) -> Trace:
     """Train a case in this process group; all its ranks return the same."""
     from pipeline import order
     from pipeline.engine.torch import TorchEngine
-    from pipeline.launch import World
+    from pipeline.launch import Portion, World
     from pipeline.runs import open_images
-    from pipeline.steps import Portion, update
+    from pipeline.steps import update
 
     cfg, world = case.config(), World(dist.get_rank(), dist.get_world_size())
     engine, loader, portion = (

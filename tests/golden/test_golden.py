@@ -145,11 +145,11 @@ def losses(preset: str) -> list[float]:
     from pipeline import order
     from pipeline.config import load_config
     from pipeline.engine.torch import TorchEngine
-    from pipeline.launch import World
+    from pipeline.launch import Portion, World
     from pipeline.optim import lr_at, momentum_at
     from pipeline.order import Plan
     from pipeline.runs import open_images
-    from pipeline.steps import Portion, update
+    from pipeline.steps import update
 
     size = TEST_SIZE | (TEST_SIZE_IMAGENET if preset.startswith("imagenet/") else {})
     cfg = load_config([CONFIGS / f"{preset}.yaml"], [f"{key}={value}" for key, value in size.items()])

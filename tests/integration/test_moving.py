@@ -16,9 +16,9 @@ from torch import Tensor
 from pipeline import checkpoint, order
 from pipeline.bench.parity import CLIP, ENGINES, LR, MOMENTUM, Case, whole
 from pipeline.engine.torch import TorchEngine
-from pipeline.launch import World
+from pipeline.launch import Portion, World
 from pipeline.runs import open_images
-from pipeline.steps import Portion, update
+from pipeline.steps import update
 
 pytestmark = pytest.mark.timeout(900)  # starting processes on a busy machine takes minutes
 

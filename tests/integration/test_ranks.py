@@ -306,7 +306,7 @@ def test_ranks_of_different_configurations_do_not_start(tmp_path):
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     rank = start(tmp_path / "run", "engine.name=ddp", "engine.timeout_s=3", **place(0, free_port()))
     assert rank.wait(timeout=180) == 2
-    assert "of 2 ranks 1 have not come within engine.timeout_s = 3 s" in rank.stderr.read()
+    assert "of 2 processes rank 1 did not come within engine.timeout_s = 3 s" in rank.stderr.read()
 
 
 def test_a_port_that_is_taken_is_named(tmp_path):

@@ -60,7 +60,7 @@ def test_a_finished_run_has_a_line_a_step_the_newest_checkpoints_a_figure_and_a_
     names = {"step", "samples_seen", "epoch", "loss", "grad_norm", "lr", "images_per_s", "data_wait", "time"}
     assert names <= line.keys()
     assert load_config([finished / "config.yaml"]).train.epochs == 3
-    assert re.search(r"decoding on \d+ threads: ", (finished / "log.txt").read_text())
+    assert re.search(r"decoding threads: \d+ \(", (finished / "log.txt").read_text())
 
 
 def test_batches_are_made_for_the_device_that_computes(tmp_path, monkeypatch):

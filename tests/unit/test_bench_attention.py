@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pipeline.bench import attention, interleaved
 from pipeline.cli import app
-from pipeline.config import UserError
+from pipeline.config import RunFailed, UserError
 
 NAMES = [f"{part}, {mask}" for part in attention.PARTS for mask in attention.MASKS]
 
@@ -79,7 +79,7 @@ def test_a_restless_machine_and_fewer_than_eight_rounds_get_no_figure(tiny, monk
         attention.run(rounds=7)
     monkeypatch.setattr(interleaved, "TOLERANCE", 0.03)
     monkeypatch.setattr(interleaved, "interleave", lambda contestants, *_: {name: (1.0, 1.04) for name in contestants})
-    with pytest.raises(UserError, match=r"restless.*encoder, shared mask 1\.040"):
+    with pytest.raises(RunFailed, match=r"restless.*encoder, shared mask 1\.040"):
         attention.run(batch=1)
 
 

@@ -16,7 +16,7 @@ from data_prep.write import write
 from pipeline import order
 from pipeline.bench import data, interleaved
 from pipeline.cli import app
-from pipeline.config import UserError
+from pipeline.config import RunFailed, UserError
 from pipeline.vit import normalise
 
 
@@ -78,7 +78,7 @@ def test_torchvisions_dataloader_makes_the_crops_of_mae(image_set, batches):
 
 def test_a_restless_machine_gets_no_figure(image_set, monkeypatch):
     monkeypatch.setattr(interleaved, "interleave", lambda contestants, *_: {name: (1.0, 1.05) for name in contestants})
-    with pytest.raises(UserError, match=r"restless.*ffcv stock 1\.050"):
+    with pytest.raises(RunFailed, match=r"restless.*ffcv stock 1\.050"):
         data.run(*image_set, image_size=32)
 
 
@@ -135,7 +135,7 @@ def test_threads_are_timed_by_the_clock_and_a_restless_machine_gets_no_figure(im
         data.run_threads(image_set[0], 3)
     monkeypatch.setattr(data, "_others_cpu_s", lambda: 100.0)
     figures[1] = (0.2, 0.9)
-    with pytest.raises(UserError, match="restless"):
+    with pytest.raises(RunFailed, match="restless"):
         data.run_threads(image_set[0], 3)
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from pipeline.bench import interleaved, methods, peer
 from pipeline.cli import app
-from pipeline.config import UserError
+from pipeline.config import RunFailed, UserError
 from pipeline.estimate import flops_per_image
 from pipeline.methods import build_method
 from pipeline.vit import IMAGE_MEAN, timm
@@ -158,7 +158,7 @@ def test_a_step_is_forward_and_backward_of_a_batch_and_leaves_no_gradient():
 def test_a_restless_machine_gets_no_figure(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "TOLERANCE", 0.03)
     monkeypatch.setattr(interleaved, "interleave", lambda contestants, *_: {name: (1.0, 0.96) for name in contestants})
-    with pytest.raises(UserError, match=r"restless.*pcae 0\.960"):
+    with pytest.raises(RunFailed, match=r"restless.*pcae 0\.960"):
         methods.run(batch=1)
 
 

@@ -9,10 +9,9 @@ from test_data import open_synthetic
 
 from pipeline.config import ConfigError, UserError
 from pipeline.engine.torch import TorchEngine
-from pipeline.launch import World
+from pipeline.launch import Portion, World
 from pipeline.methods.mae import MAE
 from pipeline.metrics import Meter
-from pipeline.steps import Portion
 
 
 def test_ranks_and_micro_batches_share_out_the_batch(tiny_config):
