@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_data import open_synthetic
 
+from pipeline import launch
 from pipeline.config import ConfigError, UserError
 from pipeline.engine.torch import TorchEngine
 from pipeline.launch import Portion, World
@@ -70,3 +71,31 @@ def test_a_weight_that_gets_no_first_value_is_an_error(tiny_config, monkeypatch)
 def test_settings_of_another_engine_are_refused(tiny_config, settings, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config("mae", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine__name": "ddp"}, "train.global_batch = 8: should be a multiple of the 3 processes"),
+        (
+            {"engine__name": "hsdp", "engine__shard_size": 2, "train__global_batch": 9},
+            "engine.shard_size = 2: should divide the 3",
+        ),
+        (
+            {"engine__name": "ddp", "train__global_batch": 9, "train__micro_batch": 9},
+            "train.micro_batch = 9: should divide 3",
+        ),
+    ],
+)
+def test_what_the_processes_cannot_share_is_said_before_they_start(settings, message, tiny_config):
+    with pytest.raises(UserError, match=message):
+        launch.start_local(tiny_config("mae", **settings), ["train"], 3)
+
+
+def test_a_network_device_that_is_not_there_is_named_with_those_that_are(tiny_config, monkeypatch):
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"engine\.interface = eth99: .* has no such network device, but .*lo"):
+        with launch.connect(tiny_config("mae", engine__name="ddp", engine__interface="eth99")):
+            pass
