@@ -172,7 +172,6 @@ def test_on_and_off_are_words_where_words_are_meant(base: Path, tmp_path: Path, 
         ("engine.checkpoint_layers=0", ["engine.checkpoint_layers = 0", "at least 1"]),
         ("train.steps=null", ["train.epochs, train.steps", "exactly one"]),
         ("data.loader=ffcv", ["data.train", "required", "beton"]),
-        ("eval.loss_every=5 data.loader=folder data.train=x", ["data.val: is required", "eval.loss_every = 5"]),
         ("data.loader=folder", ["data.train", "required", "manifest"]),
         ("optim.ema=0.99", ["optim.ema = 0.99", "pcae"]),
         ("method.segment_size=0", ["method.segment_size = 0", "greater than 0"]),
@@ -185,6 +184,11 @@ def test_one_mistake_is_one_line_that_names_key_value_and_remedy(
     assert len(found) == 1 and "\n" not in found[0]
     for fragment in fragments:
         assert fragment in found[0]
+
+
+def test_a_held_out_loss_wants_images_to_take_it_of(base: Path) -> None:
+    (line,) = problems(base, "eval.loss_every=5", "data.loader=folder", "data.train=x.jsonl")
+    assert line.startswith("data.val: is required and not set: eval.loss_every = 5")
 
 
 @pytest.mark.parametrize(
