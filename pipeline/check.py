@@ -1,5 +1,6 @@
 """`patchmill check`: what can be known before training starts, without torch."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError, UserError, binding_differences, load_config
 from pipeline.estimate import flops_per_image
 from pipeline.order import Plan
+from pipeline.zero_config import deepspeed_config
 
 
 def _data(cfg: Config, which: str, path: str) -> tuple[str, int]:
@@ -128,5 +130,7 @@ def check(cfg: Config) -> str:
     if problems:
         raise ConfigError(problems)
     lines.append(f"optim: lr {cfg.lr:.3g} = base_lr {cfg.optim.base_lr:.3g} x {cfg.train.global_batch} / 256")
+    if cfg.engine.name == "deepspeed":
+        lines.append(f"DeepSpeed's configuration for one process: {json.dumps(deepspeed_config(cfg, 1))}")
     lines.append(f"run: {cfg.run.dir}, {shutil.disk_usage(parent).free / 2**30:.0f} GiB free")
     return "\n".join([*lines, "in order"])

@@ -14,17 +14,17 @@ SCALES: Final = (1.0, 2.0**24)
 GROWTH_STEPS: Final = 2000
 
 
-def takes_decay(name: str, parameter: Tensor) -> bool:
+def takes_decay(name: str, shape: torch.Size) -> bool:
     """Weight decay is for matrices and tokens: not for biases, norms (MAE's rule) or RandSAC's skip weights."""
-    return parameter.dim() > 1 and not name.endswith((".bias", ".skip"))
+    return len(shape) > 1 and not name.endswith((".bias", ".skip"))
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over the parameters that are trained, its moments made at once so that the state always has one shape."""
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in trained if takes_decay(n, p)], "weight_decay": settings.weight_decay},
-        {"params": [p for n, p in trained if not takes_decay(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in trained if takes_decay(n, p.shape)], "weight_decay": settings.weight_decay},
+        {"params": [p for n, p in trained if not takes_decay(n, p.shape)], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
     for _, parameter in trained:

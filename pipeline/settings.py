@@ -182,11 +182,21 @@ class OptimConfig(Section):
     ema_batch: Positive | None = None
 
 
+class DeepSpeedConfig(Section):
+    """What DeepSpeed moves at once, in numbers (not bytes); the defaults suit ViT-L."""
+
+    reduce_bucket_size: Positive = 50_000_000
+    overlap_comm: bool = True
+    prefetch_bucket_size: Positive = 30_000_000
+    max_live_parameters: Positive = 300_000_000
+
+
 class EngineConfig(Section):
     """How the steps are computed: in fp32, or with bf16 or fp16 parameters under an fp32 master (fp16: CUDA, with a loss scale).
 
     ``name``: single (one process), ddp (each process holds everything), fsdp2 (each holds a part of weights, moments and
-    average), hsdp (groups of ``shard_size`` processes hold a part each, the groups are copies). ``reshard_after_forward``:
+    average), hsdp (groups of ``shard_size`` processes hold a part each, the groups are copies), deepspeed (ZeRO: by ``zero_stage``
+    each holds a part of 1 moments and average, 2 gradients too, 3 weights too). ``reshard_after_forward``:
     fsdp2 and hsdp free a layer's gathered weights after its forward pass and gather them again for the backward pass.
     ``checkpoint_layers``: activations that are computed again in the backward pass to save memory: none, of all layers (full), of
     all but matrix products and attention (selective), or of every n-th layer. ``compile``: torch.compile, layer by layer.
@@ -194,7 +204,9 @@ class EngineConfig(Section):
     such as eth0. ``timeout_s``: how long a process waits for the others.
     """
 
-    name: Literal["single", "ddp", "fsdp2", "hsdp"] = "single"
+    name: Literal["single", "ddp", "fsdp2", "hsdp", "deepspeed"] = "single"
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     shard_size: Positive | None = None
     reshard_after_forward: bool = True

@@ -17,8 +17,7 @@ import torch
 from pipeline import checkpoint, order
 from pipeline.config import Config, RunFailed, UserError, flatten
 from pipeline.data import Batches, decode_threads
-from pipeline.engine import Engine
-from pipeline.engine.torch import TorchEngine
+from pipeline.engine import Engine, build_engine
 from pipeline.estimate import flops_per_image
 from pipeline.guard import Agreement, Heartbeat, NonFinite, NonFiniteGuard, StopRequest, Stragglers
 from pipeline.heldout import HeldOut
@@ -38,7 +37,7 @@ DONE, STOPPED = 0, 75
 
 
 def _versions() -> dict[str, str]:
-    names = ("patchmill", "torch", "timm", "ffcv", "numpy")
+    names = ("patchmill", "torch", "timm", "ffcv", "deepspeed", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
@@ -92,7 +91,7 @@ class Trainer:
         ``before_streak``: where steps that were not finite had begun, that is the state before the first of them.
         """
         with self.world.together():
-            self.engine: Engine = TorchEngine(self.cfg, self.device)
+            self.engine: Engine = build_engine(self.cfg, self.device)
         began = time.perf_counter()
         with self.world.together():
             chosen = checkpoint.choose(self.checkpoints) if self.world.is_main else None

@@ -1,12 +1,16 @@
 """Engines compute steps; nothing outside asks which one it is."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from pipeline.config import Config
     from pipeline.methods.common import Draw, Method
+
+COMPUTE: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -48,4 +52,12 @@ class Engine(Protocol):
         """All parameters in fp32 on the CPU."""
 
 
-__all__ = ["Engine", "StepReport"]
+def build_engine(cfg: "Config", device: torch.device) -> Engine:
+    """The engine of ``engine.name`` with its first weights. Raises UserError when the processes cannot be laid out so."""
+    if cfg.engine.name == "deepspeed":
+        from pipeline.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(cfg, device)
+    from pipeline.engine.torch import TorchEngine
+
+    return TorchEngine(cfg, device)

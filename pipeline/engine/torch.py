@@ -7,7 +7,7 @@ matrix products and gradients are reduced in fp32, without autocast.
 """
 
 import math
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from pipeline.config import Config, UserError
-from pipeline.engine import StepReport
+from pipeline.engine import COMPUTE, StepReport
 from pipeline.engine.layers import checkpoint_layers, compile_layers
 from pipeline.methods import build_method
 from pipeline.methods.common import Draw
 from pipeline.optim import LossScale, build_optimizer
-
-COMPUTE: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _local(tensor: Tensor) -> Tensor:

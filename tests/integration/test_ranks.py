@@ -114,7 +114,8 @@ def test_one_rank_that_gets_a_signal_stops_all_and_other_engines_go_on(undisturb
     ranks_of(process)[1].send_signal(signal.SIGUSR2)
     assert process.wait(timeout=180) == 75, process.stderr.read()
     assert not (run / "log.discarded.jsonl").exists(), "a signal must lose no step"
-    for more in (["train.micro_batch=8"], ["engine.name=hsdp", "engine.shard_size=2", "--nproc", "4"]):
+    zero = ["engine.name=deepspeed", "engine.zero_stage=3", "--nproc", "2"]
+    for more in (["train.micro_batch=8"], ["engine.name=hsdp", "engine.shard_size=2", "--nproc", "4"], zero):
         process, before = start(run, *more), steps_of(run)
         wait_for_step(process, run, before + 4)
         process.send_signal(signal.SIGTERM)
@@ -142,8 +143,12 @@ def test_a_rank_that_stands_still_is_named_and_the_run_goes_on_where_it_was_save
     assert curve(run) == undisturbed
 
 
-def test_a_full_disk_and_a_rank_that_is_killed_in_a_save_lose_nothing(undisturbed, small_disk):
-    run, more = small_disk.parent, ("engine.name=fsdp2", "--nproc", "2")
+ZERO = [pytest.param(f"engine.name=deepspeed engine.zero_stage={stage}", marks=pytest.mark.slow) for stage in (2, 3)]
+
+
+@pytest.mark.parametrize("engine", ["engine.name=fsdp2", *ZERO])
+def test_a_full_disk_and_a_rank_that_is_killed_in_a_save_lose_nothing(undisturbed, small_disk, engine):
+    run, more = small_disk.parent, (*engine.split(), "--nproc", "2")
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)  # for one checkpoint
     process = start(run, *more)
     assert process.wait(timeout=240) == 1
@@ -214,12 +219,13 @@ def older(newest: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["engine.name=fsdp2", *ZERO])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(killed, undisturbed, tmp_path, damage):
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(killed, undisturbed, tmp_path, damage, engine):
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     newest = max((run / "checkpoints").glob("step-*"))
     DAMAGES[damage](newest)
-    process = start(run, "engine.name=fsdp2", "--nproc", "2")
+    process = start(run, *engine.split(), "--nproc", "2")
     assert process.wait(timeout=240) == 0, process.stderr.read()
     said = process.stderr.read()
     assert said.count(f"{newest} is broken") == 1

@@ -36,9 +36,9 @@ def test_matrices_and_tokens_decay_and_nothing_else(name: str, tiny_config: Any)
 
 
 def test_a_bias_with_two_axes_does_not_decay() -> None:
-    assert not takes_decay("decoder.bias", torch.zeros(2, 2)) and not takes_decay("a.norm.weight", torch.zeros(2))
-    assert takes_decay("decoder.skip_proj.weight", torch.zeros(2, 2)) and takes_decay(
-        "x.bias_net.weight", torch.zeros(2, 2)
+    assert not takes_decay("decoder.bias", torch.Size((2, 2))) and not takes_decay("a.norm.weight", torch.Size((2,)))
+    assert takes_decay("decoder.skip_proj.weight", torch.Size((2, 2))) and takes_decay(
+        "x.bias_net.weight", torch.Size((2, 2))
     )
 
 

@@ -15,7 +15,7 @@ FILES = {
     for folder in FOLDERS
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-NO_TORCH = ("config", "settings", "keys", "order", "costs", "estimate", "memory", "planner", "forecast")
+NO_TORCH = ("config", "settings", "keys", "order", "costs", "estimate", "memory", "planner", "forecast", "zero_config")
 HEAVY = {
     "torch",
     "torchvision",
