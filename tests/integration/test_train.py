@@ -97,7 +97,7 @@ def test_a_rank_that_one_micro_batch_lacks_does_not_hide_the_others(tmp_path):
 
 
 def test_another_configuration_is_refused_with_the_difference_and_a_free_setting_is_not(copy):
-    with pytest.raises(UserError, match=r"optim\.base_lr: 0\.008 -> 0\.1; train\.seed: 0 -> 3"):
+    with pytest.raises(UserError, match=r"optim\.base_lr = 0\.008 \(not 0\.1\); train\.seed = 0 \(not 3\)"):
         run_it(copy, "optim.base_lr=0.1", "train.seed=3")
     before = losses(copy)
     assert run_it(copy, "log.every_steps=1", "checkpoint.keep=1") == 0
