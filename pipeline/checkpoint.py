@@ -132,9 +132,15 @@ def _publish(temporary: Path, final: Path, files: dict[str, Any], state: dict[st
     _write_json(temporary / SEAL, seal)
     _sync(temporary / SEAL)
     _sync(temporary)
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+    former = final.parent / f".{final.name}.former.partial"
+    if (
+        final.exists()
+    ):  # damaged, or of before a roll-back: out of the way in no time, removed when the new one is there
+        shutil.rmtree(former, ignore_errors=True)
+        final.rename(former)
     temporary.rename(final)
     _sync(final.parent)
+    shutil.rmtree(former, ignore_errors=True)
     # A later one was found broken and passed over: left there, retain would keep it in a whole one's place.
     for later in candidates(final.parent):
         if later.name > final.name:

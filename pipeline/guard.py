@@ -2,6 +2,7 @@
 process that hangs is named, and one that is slow.
 """  # noqa: D205
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -135,7 +136,7 @@ class Heartbeat:
         self._hang_s, self._slow_s = min(hang_s, slow_s), slow_s
         self._tick = self._hang_s / (2 * LOOKS)
         self._at, self._beats, self._first = ("start", 0, time.monotonic()), 0, None
-        self._done = threading.Event()
+        self._done, self._writes = threading.Event(), True
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
@@ -150,8 +151,8 @@ class Heartbeat:
         self._thread.join()
 
     def beat(self, phase: str, step: int) -> None:
-        """This process enters a phase of a step."""
-        self._first = step if self._first is None else self._first
+        """This process enters a phase of a step. What follows ``start`` is slow as the first steps are."""
+        self._first = None if phase == "start" else step if self._first is None else self._first
         self._at = phase, step, time.monotonic()
 
     def _path(self, rank: int, kind: str) -> Path:
@@ -166,8 +167,9 @@ class Heartbeat:
         try:
             temporary.write_text(json.dumps(record) + "\n")
             os.replace(temporary, self._path(self._world.rank, "json"))
+            self._writes = True
         except OSError:
-            pass  # a full disk is no hang
+            self._writes = False  # a full disk is no hang
 
     def _run(self) -> None:
         self._write()
@@ -202,20 +204,28 @@ class Heartbeat:
         lost = [
             b["rank"] for a, b in zip(before, now, strict=True) if a["beats"] == b["beats"] and b["rank"] not in ended
         ]
+        if not self._writes:
+            lost = []  # the others cannot write either, and this one's own beats stand still too
         if patient and not lost:
             return
-        with self._path(self._world.rank, "stacks.txt").open("w") as file:
+        try:
+            self._say(now, lost, ended, time.monotonic() - since)
+        finally:
+            os._exit(1)  # the main thread may never come back
+
+    def _say(self, now: list[dict[str, Any]], lost: list[int], ended: set[int], waited_s: float) -> None:
+        """Write the stacks and, in one process, the verdict."""
+        with contextlib.suppress(OSError), self._path(self._world.rank, "stacks.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         here = {record["rank"] for record in now} - {*lost} - ended
         speaks = self._world.rank == min(here, default=self._world.rank) and not any(
             record.get("said") for record in now
         )
         if speaks:
-            reason = verdict(now, lost, time.monotonic() - since)
+            reason = verdict(now, lost, waited_s)
             log.error("%s; stacks: %s", reason, self._folder)
             self._on_hang(reason)
         self._write(ended=True, said=speaks)
-        os._exit(1)  # the main thread may never come back
 
 
 def verdict(records: Sequence[dict[str, Any]], lost: Sequence[int], waited_s: float) -> str:

@@ -151,6 +151,11 @@ def find_place(env: Mapping[str, str]) -> dict[str, str]:
         raise UserError(
             f"RANK = {given['RANK']} is set and {', '.join(missing)} not; start with torchrun, srun or --nproc"
         )
+    for name in names:
+        if name != "MASTER_ADDR" and not given[name].isdecimal():
+            raise UserError(f"{name} = {given[name]!r}: should be a whole number; start with torchrun, srun or --nproc")
+    if int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise UserError(f"RANK = {given['RANK']}: should be less than WORLD_SIZE = {given['WORLD_SIZE']}")
     return given
 
 

@@ -33,7 +33,7 @@ USEFUL_BATCH: Final = 32  # images; with fewer a GPU waits for its kernels to be
 LAUNCH_S: Final = 75e-6  # to start the kernels of a block's forward pass, or of half its backward pass
 GIB: Final = 2**30
 
-AmountOf = Annotated[float, Field(gt=0)]
+AmountOf = Annotated[float, Field(gt=1e-3, lt=1e9)]
 
 
 class Gpu(Section):
@@ -49,7 +49,9 @@ class Gpu(Section):
 
 def find_gpu(name: str, table: Path | None = None) -> Gpu:
     """A GPU of the shipped table or of ``table``. Raises UserError, naming the known ones, and for a wrong table."""
-    rows = read_yaml(CONFIG_DIR / "gpus.yaml") | (read_yaml(table) if table else {})
+    rows = read_yaml(CONFIG_DIR / "gpus.yaml") | {
+        str(key): row for key, row in (read_yaml(table) if table else {}).items()
+    }
     if name not in rows:
         raise UserError(
             f"--gpu {name}: is in no table; known are {', '.join(map(str, rows))}; --gpu-table FILE.yaml adds others"

@@ -38,13 +38,26 @@ class Profiler:
             self._profile.start()
 
     def after(self, step: int) -> None:
-        """Call it after step ``step``: at the last one the trace and the table of the dearest operations are written."""
-        if step != self._last or self._profile is None:
+        """Call it after step ``step``: at the last one the profile is written."""
+        if step == self._last:
+            self.close(step)
+
+    def close(self, step: int) -> None:
+        """End a profile that goes on, of the steps up to ``step``: its trace and a table of the dearest operations.
+
+        To be called before the process ends, which otherwise crashes. A full disk is said, no more.
+        """
+        if self._profile is None:
             return
         self._profile.stop()
         profile, self._profile = self._profile, None
+        try:
+            self._write(profile, f"steps-{self._first:08d}-{step:08d}-rank-{self._rank:05d}")
+        except OSError as error:
+            log.error("profile: cannot be written to %s (%s)", self._folder, error.strerror)
+
+    def _write(self, profile: Any, name: str) -> None:
         self._folder.mkdir(exist_ok=True)
-        name = f"steps-{self._first:08d}-{self._last:08d}-rank-{self._rank:05d}"
         profile.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         (self._folder / f"{name}.txt").write_text(profile.key_averages().table(sort_by=order, row_limit=ROWS))

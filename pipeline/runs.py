@@ -53,13 +53,17 @@ def open_run(cfg: Config) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"run.dir = {folder}: another process is training there") from None
-        _admit(cfg, folder)
+        try:
+            _admit(cfg, folder)
+        except OSError as error:
+            raise UserError(f"run.dir = {folder}: cannot be written ({error.strerror})") from None
         yield folder
 
 
 def _admit(cfg: Config, folder: Path) -> None:
     # A start that was refused (no data, say) leaves a configuration but no log: nothing that could be lost.
-    exists = (folder / CONFIG).is_file() and (folder / LOG).is_file()
+    begun = (folder / LOG).is_file() or checkpoint.candidates(folder / "checkpoints")
+    exists = (folder / CONFIG).is_file() and bool(begun)
     if exists and cfg.run.resume == "never":
         raise UserError(f"run.dir = {folder}: holds a run already and run.resume = never; choose another folder")
     if cfg.run.resume == "must" and not checkpoint.candidates(folder / "checkpoints"):

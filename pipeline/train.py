@@ -6,7 +6,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Trainer:
             self.plan = Plan.of(cfg, self.loader.num_samples)
             self.heldout = HeldOut(cfg) if cfg.eval.loss_every else None
         self._require_same_images()
-        self.restarts, self.rollbacks, self.trouble = 0, 0, 0
+        self.restarts, self.rollbacks, self.trouble, self.save_owed = 0, 0, 0, False
         self.profiler = Profiler(cfg, folder, world)
         self._take_up()
         self.sink: MlflowSink | Silent = Silent()
@@ -183,10 +183,16 @@ class Trainer:
             return code
         except BaseException as found:
             error = self.profiler.explain(self.world.explain(found), self.step + 1, self.portion.micro)
-            self.run_log.write("stop", step=self.step, reason=f"{type(error).__name__}: {error}")
+            if isinstance(error, OSError):
+                error = RunFailed(
+                    f"{error.filename}: {error.strerror}; the newest checkpoint stays, start the run again"
+                )
+            with suppress(OSError):  # the log is closed when a roll-back fails
+                self.run_log.write("stop", step=self.step, reason=f"{type(error).__name__}: {error}")
             self._write_why(done=False, reason=str(error) or type(error).__name__)
             raise error from found
         finally:
+            self.profiler.close(self.step)
             self.saver.close()
             self.loader.close()
             if self.heldout is not None:
@@ -238,6 +244,7 @@ class Trainer:
             every and step % every == 0
             for every in (cfg.log.every_steps, cfg.eval.loss_every, cfg.checkpoint.every_steps)
         ]
+        due[2] = due[2] or self.save_owed
         if not any(due):
             return
         self.heart.beat("log", step)
@@ -250,8 +257,9 @@ class Trainer:
                     log.warning("%s", line)
         if due[1]:
             self._held_out()
-        # In steps that are not finite the weights do not move: there is nothing new to save, and the good one must stay.
-        if due[2] and not self.guard.streak:
+        # In a streak the newest checkpoint is what a roll-back goes to, and must stay: the one that is due waits for its end.
+        self.save_owed = due[2] and self.guard.streak > 0
+        if due[2] and not self.save_owed:
             self._save()
 
     def _held_out(self) -> None:
@@ -259,12 +267,14 @@ class Trainer:
         self.heart.beat("held-out loss", self.step)
         loss = self.heldout.loss(self.engine, self.portion, self.world)
         line = self.run_log.write("eval", step=self.step, heldout_loss=loss, heldout_images=self.heldout.num_images)
-        self.sink.log(self.step, line)
+        if not self.guard.streak:  # else it may be rolled back, and MLflow forgets nothing; sync sends what stays
+            self.sink.log(self.step, line)
         log.info("step %d: loss %.4f on %d held-out images", self.step, loss, self.heldout.num_images)
         self.buffer.flush()  # the pause is not training time
 
     def _roll_back(self, found: NonFinite) -> None:
         """Go back to the newest checkpoint and leave out the batches of the bad steps. Raises RunFailed after too many."""
+        self.heart.beat("start", self.step)
         tensor, limit = self.buffer.culprit, self.cfg.guard.max_rollbacks
         self._report(self.saver.wait())
         self.rollbacks, self.trouble = self.rollbacks + 1, found.last
@@ -274,8 +284,11 @@ class Trainer:
             raise RunFailed(f"{found}, and {limit} roll-backs (guard.max_rollbacks) have not helped; in the backward pass it began "
                             f"at {tensor}. Lower optim.base_lr, set optim.clip, or look at the data.")  # fmt: skip
         ranges = order.leave_out(self.skipped_ranges, found.first - 1, found.last)
+        scale = self.engine.state().get("loss_scale")
         del self.engine, self.buffer  # before there is a second one
         self._take_up(before_streak=True)
+        if scale is not None:  # what has not overflowed at the end of the streak; else the same search begins again
+            self.engine.load(self.engine.state() | {"loss_scale": scale})
         self.skipped_ranges = ranges
         self.run_log.close()
         self._open_log()
@@ -287,11 +300,17 @@ class Trainer:
 
     def _hung(self, reason: str) -> None:
         self.run_log.write("stop", step=self.step, reason=reason)
-        write_why(self.folder, done=False, reason=reason, step=self.step, restarts=self.restarts)
+        self._put_why(done=False, reason=reason)
 
     def _write_why(self, *, done: bool, reason: str) -> None:
         if self.world.is_main:
+            self._put_why(done=done, reason=reason)
+
+    def _put_why(self, *, done: bool, reason: str) -> None:
+        try:
             write_why(self.folder, done=done, reason=reason, step=self.step, restarts=self.restarts)
+        except OSError as error:
+            log.error("why_stopped.json cannot be written (%s): %s", error.strerror, reason)
 
     def _finish(self, signal_name: str, saved: bool) -> int:
         """Say why it ended; draw a figure at the end of a run."""
@@ -319,8 +338,12 @@ class Trainer:
         figure = self.engine.call("figure", batch.images, self.engine.method.draw(batch.keys))
         if self.world.is_main:
             path = self.folder / "figures" / f"{self.cfg.method.name}_step{self.step:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.save(path)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                figure.save(path)
+            except OSError as error:
+                log.error("%s cannot be written (%s); the run is done all the same", path, error.strerror)
+                return
             self.sink.log_figure(path)
 
 
