@@ -194,6 +194,35 @@ def test_gradients_that_are_not_finite_are_skipped_logged_and_in_the_end_stop_th
     assert names == {"encoder.cls_token"}
 
 
+def test_a_checkpoint_that_is_due_in_a_skipped_step_is_made_after_it(tmp_path, monkeypatch):
+    from pipeline.engine.torch import TorchEngine
+
+    step = TorchEngine.step
+
+    def poisoned(self, *args):
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps in (4, 8):
+            next(iter(self.trained)).grad.to_local().fill_(float("nan"))
+        return step(self, *args)
+
+    monkeypatch.setattr(TorchEngine, "step", poisoned)
+    assert run_it(tmp_path / "run", "checkpoint.every_steps=4", "log.every_steps=3") == 0
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "checkpoint"] == [5, 9, 12]
+
+
+def test_fp16_finds_its_scale_though_each_search_ends_in_a_roll_back(tmp_path, monkeypatch):
+    from pipeline import launch, optim
+
+    monkeypatch.setattr(launch, "_require_engine", lambda *_: None)  # which wants a GPU
+    monkeypatch.setattr(optim, "FIRST_SCALE", 2.0**24)  # overflows, and so do its next halves
+    assert run_it(tmp_path / "run", "engine.precision=fp16", "guard.max_nonfinite=1") == 0
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    scales = [line["loss_scale"] for line in lines if line["kind"] == "train"]
+    assert len(scales) == 12 and max(scales) < 2.0**24
+    assert sum(line["kind"] == "rollback" for line in lines) > 1
+
+
 def log_of(run: Path) -> list[tuple[float, ...]]:
     names = ("step", "epoch", "samples_seen", "loss", "grad_norm", "lr")
     return [tuple(line[name] for name in names) for line in read_log(run / "log.jsonl") if line["kind"] == "train"]
@@ -270,6 +299,9 @@ def test_a_profile_is_written_and_memory_that_runs_out_names_the_settings(finish
     trace, table = sorted((tmp_path / "run" / "profile").iterdir())
     assert trace.name == "steps-00000003-00000004-rank-00000.json.gz"
     assert "aten::addmm" in table.read_text()
+    assert run_it(tmp_path / "open", "profile.start_step=11", "profile.num_steps=9") == 0
+    trace, _ = sorted((tmp_path / "open" / "profile").iterdir())
+    assert trace.name == "steps-00000011-00000012-rank-00000.json.gz", "what there was when the run ended"
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipeline.guard import SIGNALS, NonFinite, NonFiniteGuard, StopRequest, Stragglers, verdict
+from pipeline.guard import SIGNALS, Heartbeat, NonFinite, NonFiniteGuard, StopRequest, Stragglers, verdict
 from pipeline.launch import World
 
 
@@ -126,6 +126,40 @@ def record(rank: int, phase: str, step: int) -> dict[str, object]:
 )
 def test_the_verdict_names_the_rank_that_keeps_the_others_waiting(records, lost, said) -> None:
     assert verdict([record(rank, *place) for rank, place in enumerate(records)], lost, 30.0).startswith(said)
+
+
+def test_a_process_that_hangs_ends_also_where_nothing_can_be_written_and_blames_no_other(tmp_path) -> None:
+    code = """
+import shutil, sys, time
+from pathlib import Path
+from pipeline.guard import Heartbeat
+from pipeline.launch import World
+folder = Path(sys.argv[1])
+def tell(reason):
+    print(reason, flush=True)
+    raise OSError("no space left")
+with Heartbeat(folder, World(), 1.0, 1.5, tell) as heart:
+    heart.beat("compute", 5)
+    shutil.rmtree(folder / "ranks")
+    (folder / "ranks").touch()
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "hangs in phase" in done.stdout and "does not answer" not in done.stdout
+
+
+def test_after_a_new_start_the_first_steps_have_time_again(tmp_path) -> None:
+    heart = Heartbeat(tmp_path, World(), 1.0, 2.0, print)
+    for phase, step, first in (
+        ("start", 0, None),
+        ("data", 3, 3),
+        ("compute", 9, 3),
+        ("start", 9, None),
+        ("data", 2, 2),
+    ):
+        heart.beat(phase, step)
+        assert heart._first == first
 
 
 def test_a_process_that_hangs_says_where_writes_its_stacks_and_ends(tmp_path) -> None:
