@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, TypeVar
@@ -183,7 +183,14 @@ def _meet(cfg: Config, place: Mapping[str, str]) -> "TCPStore":
         missing = [other for other, name in enumerate(names) if not store.check([name])]
         raise UserError(f"of {size} processes rank {', '.join(map(str, missing))} did not come within engine.timeout_s = "
                         f"{cfg.engine.timeout_s} s; start as many as WORLD_SIZE says") from None  # fmt: skip
-    _require_same_settings([json.loads(store.get(name)) for name in names])
+    arrived = [json.loads(store.get(name)) for name in names]
+    store.set(f"read/{rank}", "")
+    if (
+        serves
+    ):  # the store ends with this process, which may end on what it has read: not before the others have read it too
+        with suppress(dist.DistStoreError):
+            store.wait([f"read/{other}" for other in range(size)], min(timeout, timedelta(seconds=GRACE_S)))
+    _require_same_settings(arrived)
     return store
 
 
