@@ -128,24 +128,24 @@ class Batches(Iterator[Batch]):
     def __init__(self, make: Make, order: Order, threads: int, device: torch.device | None) -> None:
         """Start the thread; ``make`` turns an epoch and sample ids into a batch. A CUDA ``device`` gets the images."""
         self.waited = 0.0
-        self._stop = threading.Event()
+        self.stop = threading.Event()
         self._queue: Queue[Item] = Queue(BATCHES_AHEAD)
-        args = (make, order, threads, device, self._queue, self._stop)
+        args = (make, order, threads, device, self._queue, self.stop)
         # Not a daemon: those are killed when the interpreter ends, which aborts the process if they are in torch's code.
-        self._thread = threading.Thread(target=_produce, args=args, daemon=False, name="patchmill-data")
-        self._thread.start()
+        self.thread = threading.Thread(target=_produce, args=args, daemon=False, name="patchmill-data")
+        self.thread.start()
 
     def _get(self) -> Item:
         while True:
             try:
                 return self._queue.get(timeout=1)
             except Empty:
-                if not self._thread.is_alive() and self._queue.empty():
+                if not self.thread.is_alive() and self._queue.empty():
                     return RuntimeError("the loader's thread ended without a word")
 
     def __next__(self) -> Batch:
         """The next batch; raises what went wrong while it was made."""
-        if self._stop.is_set():
+        if self.stop.is_set():
             raise StopIteration
         start = time.perf_counter()
         item = self._get()
@@ -163,8 +163,8 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Stop and wait for the threads; batches made ahead are dropped. Harmless when called twice."""
-        self._stop.set()
-        self._thread.join()
+        self.stop.set()
+        self.thread.join()
 
     def __enter__(self) -> Self:
         """The iterator itself."""
@@ -176,8 +176,8 @@ class Batches(Iterator[Batch]):
 
     def __del__(self) -> None:
         """An abandoned iterator stops its threads; joining here could wait on the very thread that collects it."""
-        if hasattr(self, "_stop"):
-            self._stop.set()
+        if hasattr(self, "stop"):
+            self.stop.set()
 
 
 class Loader(ABC):
@@ -194,7 +194,7 @@ class Loader(ABC):
         self._labels = labels
         self._seed = seed
         self._threads = threads
-        self._open: weakref.WeakSet[Batches] = weakref.WeakSet()
+        self._running: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
     @abstractmethod
     def decode(self, ids: Int64, boxes: Int32, out: UInt8) -> None:
@@ -222,13 +222,14 @@ class Loader(ABC):
         """
         make = partial(self._make, part=part, pinned=device is not None and device.type == "cuda")
         batches = Batches(make, order, self._threads, device)
-        self._open.add(batches)
+        self._running[batches.thread] = batches.stop
         return batches
 
     def close(self) -> None:
-        """Close every iterator that is still open."""
-        for batches in list(self._open):
-            batches.close()
+        """Stop and wait for the threads of every iterator, of those too that were dropped a moment ago."""
+        for thread, stop in list(self._running.items()):
+            stop.set()
+            thread.join()
 
     def _make(self, epoch: int, batch_ids: Int64, pool: ThreadPoolExecutor, part: slice, pinned: bool) -> Batch:
         ids = np.array(batch_ids[part], np.int64)

@@ -136,6 +136,7 @@ def test_no_thread_is_left_over_many_epochs(betons):
     for epoch in range(20):
         batches = loader.batches((epoch, np.arange(16)) for _ in range(9))
         next(batches)
+    del batches  # its threads have been told to end, but not yet waited for
     loader.close()
     assert not own_threads()
 
