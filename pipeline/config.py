@@ -25,6 +25,7 @@ from pipeline.settings import (
     RandSACConfig,
     Section,
 )
+from pipeline.zero_config import zero_problems
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -66,8 +67,9 @@ class ConfigError(UserError):
 # Settings that may change when a run is resumed: where things lie, how often something is said, how fast it runs.
 FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "profile.", "data.train", "data.val", "data.jit",
                   "data.threads", "data.stage_in", "data.eval_crop", "train.micro_batch", "engine.name", "engine.zero_stage",
-                  "engine.deepspeed.", "engine.shard_size", "engine.reshard_after_forward", "engine.checkpoint_layers",
-                  "engine.compile", "engine.backend", "engine.interface", "engine.timeout_s")  # fmt: skip
+                  "engine.deepspeed.", "engine.offload", "engine.shard_size", "engine.reshard_after_forward",
+                  "engine.checkpoint_layers", "engine.compile", "engine.backend", "engine.interface",
+                  "engine.timeout_s")  # fmt: skip
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -268,15 +270,7 @@ def _check_engine(cfg: Config) -> Iterable[str]:
         yield "engine.shard_size: is required and not set: how many processes share one copy, such as the GPUs of a host"
     if engine.name != "hsdp" and engine.shard_size is not None:
         yield f"engine.shard_size = {engine.shard_size}: is for engine.name=hsdp (not {engine.name}); leave it out"
-    if engine.name == "deepspeed" and not engine.zero_stage:
-        yield (f"engine.zero_stage = {engine.zero_stage}: should be 1, 2 or 3; stage 0 shares nothing: for that set "
-               "engine.name=ddp")  # fmt: skip
-    if engine.name == "deepspeed" and engine.precision == "fp16":
-        yield "engine.precision = fp16: is not made for engine.name=deepspeed; set engine.precision=bf16, or engine.name=fsdp2"
-    if engine.name != "deepspeed":
-        for key in ("zero_stage", "deepspeed"):
-            if getattr(engine, key) != type(engine).model_fields[key].get_default():
-                yield f"engine.{key}: is for engine.name=deepspeed (not {engine.name}); leave it out"
+    yield from zero_problems(engine)
     if engine.name not in ("fsdp2", "hsdp") and not engine.reshard_after_forward:
         yield (f"engine.reshard_after_forward = False: is for engine.name=fsdp2 or hsdp (not {engine.name}), which alone "
                "share out the weights; leave it out")  # fmt: skip

@@ -196,7 +196,9 @@ class EngineConfig(Section):
 
     ``name``: single (one process), ddp (each process holds everything), fsdp2 (each holds a part of weights, moments and
     average), hsdp (groups of ``shard_size`` processes hold a part each, the groups are copies), deepspeed (ZeRO: by ``zero_stage``
-    each holds a part of 1 moments and average, 2 gradients too, 3 weights too). ``reshard_after_forward``:
+    each holds a part of 1 moments and average, 2 gradients too, 3 weights too). ``offload``: ZeRO 2 and 3 keep the fp32 weights,
+    moments and average in the host's memory and update them there, or (nvme, 3 only) weights and moments in files under
+    ``offload_dir``; ``offload_params``: 3 keeps the weights that compute in the host's memory too. ``reshard_after_forward``:
     fsdp2 and hsdp free a layer's gathered weights after its forward pass and gather them again for the backward pass.
     ``checkpoint_layers``: activations that are computed again in the backward pass to save memory: none, of all layers (full), of
     all but matrix products and attention (selective), or of every n-th layer. ``compile``: torch.compile, layer by layer.
@@ -207,6 +209,9 @@ class EngineConfig(Section):
     name: Literal["single", "ddp", "fsdp2", "hsdp", "deepspeed"] = "single"
     zero_stage: Literal[0, 1, 2, 3] | None = None
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    offload_params: bool = False
+    offload_dir: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     shard_size: Positive | None = None
     reshard_after_forward: bool = True

@@ -1,8 +1,53 @@
 """DeepSpeed's configuration, made from ours. No torch."""
 
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.settings import Config, EngineConfig
+
+ONLY_DEEPSPEED = ("zero_stage", "deepspeed", "offload", "offload_params", "offload_dir")
+
+
+def zero_problems(engine: EngineConfig) -> Iterator[str]:
+    """What is wrong with ``engine.zero_stage`` and ``engine.offload*``, a sentence each."""
+    if engine.name != "deepspeed":
+        for key in ONLY_DEEPSPEED:
+            if getattr(engine, key) != EngineConfig.model_fields[key].get_default():
+                yield f"engine.{key}: is for engine.name=deepspeed (not {engine.name}); leave it out"
+        return
+    stage, offload = engine.zero_stage, engine.offload
+    if not stage:
+        yield f"engine.zero_stage = {stage}: should be 1, 2 or 3; stage 0 shares nothing: for that set engine.name=ddp"
+    if offload != "none" and stage == 1:
+        yield f"engine.offload = {offload}: is for engine.zero_stage=2 or 3 (not 1); leave it out"
+    if offload == "nvme" and stage == 2:
+        yield "engine.offload = nvme: is for engine.zero_stage=3 (not 2); set engine.offload=cpu"
+    if (offload == "nvme") != (engine.offload_dir is not None):
+        yield (f"engine.offload_dir = {engine.offload_dir}: goes with engine.offload=nvme (not {offload}): a folder on a fast "
+               "disk of each host")  # fmt: skip
+    if engine.offload_params and (stage != 3 or offload == "none"):
+        yield ("engine.offload_params = True: is for engine.zero_stage=3 with engine.offload=cpu or nvme "
+               f"(not {stage} with {offload}); leave it out")  # fmt: skip
+
+
+def swap_folder(cfg: Config) -> Path:
+    """Where the files of ``engine.offload=nvme`` lie: a folder of this run alone, the same when it is resumed."""
+    name = hashlib.sha256(str(Path(cfg.run.dir).resolve()).encode()).hexdigest()[:12]
+    return Path(cfg.engine.offload_dir or "") / f"patchmill-{name}"
+
+
+def _offload(cfg: Config) -> dict[str, Any]:
+    offload = cfg.engine.offload
+    if offload == "none":
+        return {}
+    optimizer: dict[str, Any] = {"device": offload}
+    if offload == "nvme":
+        optimizer["nvme_path"] = str(swap_folder(cfg))
+    return {"offload_optimizer": optimizer} | (
+        {"offload_param": {"device": "cpu"}} if cfg.engine.offload_params else {}
+    )
 
 
 def deepspeed_config(cfg: Config, processes: int) -> dict[str, Any]:
@@ -15,6 +60,7 @@ def deepspeed_config(cfg: Config, processes: int) -> dict[str, Any]:
         "overlap_comm": settings.overlap_comm,
         # By default stage 3 replaces torch's linear function for the whole process, and never puts it back.
         "memory_efficient_linear": False,
+        **_offload(cfg),
     }
     if stage == 3:
         zero |= {
@@ -28,9 +74,13 @@ def deepspeed_config(cfg: Config, processes: int) -> dict[str, Any]:
         "gradient_accumulation_steps": max(1, cfg.train.global_batch // processes // cfg.micro_batch),
         "zero_optimization": zero,
         "bf16": {"enabled": cfg.engine.precision == "bf16"},
+        # A constant: the loss scale of the other engines is put in its place, which is in checkpoints.
+        "fp16": {"enabled": cfg.engine.precision == "fp16", "loss_scale": 1.0},
         # Gradients are summed and reduced in fp32, as by the other engines.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
+        # Torch's AdamW updates what lies on the host too: DeepSpeed's would be compiled for two minutes first.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }

@@ -37,6 +37,11 @@ ENGINES: Final[dict[str, tuple[int, dict[str, Any]]]] = {
         f"zero{stage}-{world}": (world, {"engine.name": "deepspeed", "engine.zero_stage": stage})
         for stage, world in ((1, 2), (2, 2), (3, 2), (2, 3), (1, 4), (3, 4))
     },
+    "zero2-2-cpu": (2, {"engine.name": "deepspeed", "engine.zero_stage": 2, "engine.offload": "cpu"}),
+    "zero3-2-cpu": (
+        2,
+        {"engine.name": "deepspeed", "engine.zero_stage": 3, "engine.offload": "cpu", "engine.offload_params": True},
+    ),
 }
 SETTINGS: Final = {
     "run.dir": "parity", "model.name": "vit_p", "data.loader": "synthetic", "data.image_size": 32, "data.threads": 1,

@@ -2,8 +2,7 @@
 
 DeepSpeed keeps its fp32 weights and moments in flat buffers, a part of each on every process. One map from a parameter's
 name to its place there serves first weights, checkpoints, average and teacher alike, in the format of the other engines:
-none of DeepSpeed's own checkpoints, none of its conversions. The attributes that the map rests on are private: they are
-looked for at the start, and the version is pinned.
+none of DeepSpeed's own checkpoints, none of its conversions (``zero_layout``).
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,26 +22,13 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from pipeline.config import Config
 from pipeline.engine import COMPUTE, StepReport
 from pipeline.engine.layers import checkpoint_layers, compile_layers
+from pipeline.engine.nvme import prepare_nvme
 from pipeline.engine.torch import join_alone
+from pipeline.engine.zero_layout import Layout
 from pipeline.methods import METHODS, build_method
 from pipeline.methods.common import Draw
-from pipeline.optim import takes_decay
+from pipeline.optim import LossScale, takes_decay
 from pipeline.zero_config import deepspeed_config
-
-MOMENTS: Final = ("exp_avg", "exp_avg_sq")
-
-
-class Fragment(NamedTuple):
-    """This process's part of a parameter: ``numel`` numbers from ``begin`` of it on, which lie at ``start`` of a flat ``group``."""
-
-    group: int
-    start: int
-    begin: int
-    numel: int
-
-    def of(self, flats: Sequence[Tensor]) -> Tensor:
-        """The part, sharing memory with the flat buffers."""
-        return flats[self.group][self.start : self.start + self.numel]
 
 
 def import_deepspeed() -> Any:
@@ -69,6 +55,9 @@ class DeepSpeedEngine:
         self.cfg, self.device, self.stage = cfg, device, cfg.engine.zero_stage
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.compute = COMPUTE[cfg.engine.precision]
+        self.loss_scale = LossScale(device) if self.compute == torch.float16 else None
+        if cfg.engine.offload == "nvme":
+            prepare_nvme(cfg, self.rank, self.deepspeed.ops.op_builder.AsyncIOBuilder())
         self.mesh = init_device_mesh(device.type, (self.size,))
         self.config = deepspeed_config(cfg, self.size)
         first = self._first_weights()
@@ -88,8 +77,8 @@ class DeepSpeedEngine:
         self.followed = [f"encoder.{name}" for name in shared if f"encoder.{name}" in self.trained_names]
         self._share_out(self.method, self.method.layers())
         self._start_optimizer()
-        for name in self.trained_names:
-            self._write(name, [first[name]], [self.masters])
+        for name in self.layout.names(write=True):
+            self.layout.write(name, [first[name]], [self.layout.masters])
         self._refresh_weights()
         self.averages, self.teacher = list[Tensor](), None
         if twin is not None:
@@ -127,61 +116,19 @@ class DeepSpeedEngine:
 
     def _start_optimizer(self) -> None:
         """Groups are apart by weight decay and by whether the teacher follows them: its average is then whole flat buffers."""
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool], list[str]] = {}
         for name in self.trained_names:
-            kind = name not in self.followed, not takes_decay(name, self.shapes[name])
-            groups.setdefault(kind, []).append(self.named[name])
+            groups.setdefault((name not in self.followed, not takes_decay(name, self.shapes[name])), []).append(name)
         decay = self.cfg.optim.weight_decay
-        settings = [{"params": groups[kind], "weight_decay": 0.0 if kind[1] else decay} for kind in sorted(groups)]
+        settings = [{"params": [self.named[name] for name in groups[kind]], "weight_decay": 0.0 if kind[1] else decay}
+                    for kind in sorted(groups)]  # fmt: skip
         optimizer = torch.optim.AdamW(settings, lr=0.0, betas=self.cfg.optim.betas, fused=True)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory is in use
             self.wrapped, self.zero, *_ = self.deepspeed.initialize(
                 model=self.method, optimizer=optimizer, config=self.config
             )
-        flats: list[Tensor] = (
-            self.zero.fp32_partitioned_groups_flat if self.stage == 3
-            else [group["params"][0] for group in self.zero.optimizer.param_groups]
-        )  # fmt: skip
-        self.masters = [flat.detach() for flat in flats]
-        self.moments: dict[str, list[Tensor]] = {
-            kind: [torch.zeros_like(flat) for flat in self.masters] for kind in MOMENTS
-        }
-        self.counts = [torch.zeros((), device=flat.device) for flat in self.masters]
-        # Left to the first step, they would be linked to the parameters of the first group only.
-        for index, flat in enumerate(flats):
-            kept = {"step": self.counts[index], **{kind: values[index] for kind, values in self.moments.items()}}
-            self.zero.optimizer.state[flat] = kept
-        if self.stage != 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
-        self.fragments = {name: self._fragment(self.named[name]) for name in self.trained_names}
-
-    def _fragment(self, parameter: nn.Parameter) -> Fragment:
-        if self.stage == 3:
-            group, start, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            begin = min(self.rank * length, parameter.ds_numel)
-            return Fragment(group, start, begin, min(length, parameter.ds_numel - begin))
-        place = parameter._hp_mapping
-        if place is None:
-            return Fragment(0, 0, 0, 0)
-        there = place.hp_fragment_address
-        return Fragment(place.param_group_index, there.start, place.lp_fragment_address.start, there.numel)
-
-    def _read(self, name: str, sources: Sequence[Sequence[Tensor]]) -> list[DTensor]:
-        """A parameter's values in each of ``sources``, lists of flat buffers; every process its rows. All must call it."""
-        shape, part = self.shapes[name], self.fragments[name]
-        whole = torch.zeros(len(sources), shape.numel(), device=self.device)
-        for row, flats in zip(whole, sources, strict=True):
-            row[part.begin : part.begin + part.numel] = part.of(flats)
-        dist.all_reduce(whole)
-        rows = (distribute_tensor(row.view(shape), self.mesh, [Shard(0)], src_data_rank=None) for row in whole)
-        return [DTensor.from_local(row.to_local().clone(), self.mesh, [Shard(0)], run_check=False, shape=shape,
-                                   stride=row.stride()) for row in rows]  # fmt: skip
-
-    def _write(self, name: str, values: Sequence[DTensor], targets: Sequence[Sequence[Tensor]]) -> None:
-        """The opposite of ``_read``."""
-        part = self.fragments[name]
-        for value, flats in zip(values, targets, strict=True):
-            part.of(flats).copy_(value.full_tensor().flatten()[part.begin : part.begin + part.numel])
+        parts = [{name: self.named[name] for name in groups[kind]} for kind in sorted(groups)]
+        self.layout = Layout(self.zero, self.stage, parts, self.shapes, self.mesh)
 
     @torch.no_grad()
     def _refresh_weights(self) -> None:
@@ -189,8 +136,9 @@ class DeepSpeedEngine:
         for name, value in self.frozen.items():
             self._set_frozen(self.named[name], value.full_tensor())
         if self.stage == 3:
-            for group in range(len(self.masters)):
-                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            for group in range(len(self.layout.masters)):
+                with self.layout.resident(group):
+                    self.zero._reassign_or_swap_out_partitioned_parameters(group)
         else:
             self.zero.update_lp_params()
 
@@ -209,8 +157,9 @@ class DeepSpeedEngine:
 
         Of the copy each process holds the whole, gathered anew every step, or in stage 3 its part, as of the weights.
         """
-        number = 1 + max(int(index) for index in self._places()[:, 0])
-        self.averages = [flat.clone() for flat in self.masters[:number]]
+        for group in range(1 + max(self.layout.fragments[name].group for name in self.followed)):
+            with self.layout.resident(group):
+                self.averages.append(self.layout.masters[group].detach().clone())
         with self._building():
             teacher = self.method.build_teacher()
         self.twins = {f"encoder.{name}": parameter for name, parameter in teacher.named_parameters()}
@@ -226,13 +175,12 @@ class DeepSpeedEngine:
         self._refresh_teacher()
 
     def _places(self) -> Tensor:
-        """Of each followed parameter the flat group, and where it begins in that group's parts in order of rank: int64 [F, 2]."""
-        places = torch.full((len(self.followed), 2), -1, device=self.device)
+        """Where each followed parameter begins in its group's parts in order of rank: int64 [F]."""
+        places = torch.full((len(self.followed),), -1, device=self.device)
         for row, name in zip(places, self.followed, strict=True):
-            part = self.fragments[name]
+            part = self.layout.fragments[name]
             if part.numel:
-                start = self.rank * self.masters[part.group].numel() + part.start - part.begin
-                row.copy_(torch.tensor((part.group, start)))
+                row.fill_(self.rank * self.averages[part.group].numel() + part.start - part.begin)
         dist.all_reduce(places, dist.ReduceOp.MAX)
         return places
 
@@ -241,8 +189,8 @@ class DeepSpeedEngine:
         self._gathered = [
             torch.empty(self.size * f.numel(), dtype=self.compute, device=self.device) for f in self.averages
         ]
-        for name, (group, start) in zip(self.followed, self._places().tolist(), strict=True):
-            shape = self.shapes[name]
+        for name, start in zip(self.followed, self._places().tolist(), strict=True):
+            shape, group = self.shapes[name], self.layout.fragments[name].group
             self.twins[name].data = self._gathered[group][start : start + shape.numel()].view(shape)
 
     @torch.no_grad()
@@ -251,25 +199,27 @@ class DeepSpeedEngine:
             return
         if self.stage == 3:
             for name in self.followed:
-                part = self.fragments[name]
+                part = self.layout.fragments[name]
                 self.twins[name].ds_tensor[: part.numel].copy_(part.of(self.averages))
             return
         for average, whole in zip(self.averages, self._gathered, strict=True):
-            dist.all_gather_into_tensor(whole, average.to(self.compute))
+            dist.all_gather_into_tensor(whole, average.to(self.compute).to(self.device))
 
     @property
     def ema(self) -> dict[str, Tensor]:
         """See ``Engine``; gathered when it is asked for, by all processes."""
-        return {name.removeprefix("encoder."): self._read(name, [self.averages])[0] for name in self.followed}
+        return {name.removeprefix("encoder."): self.layout.read(name, [self.averages])[0] for name in self.followed}
 
     # ---- steps
 
     def micro_step(self, images: Tensor, draw: Draw, num_micro: int, last: bool) -> dict[str, Tensor]:
         """See ``Engine.micro_step``."""
         self.wrapped.set_gradient_accumulation_boundary(last)
+        if self.loss_scale is not None:
+            self.zero.override_loss_scale(float(self.loss_scale.scale))
         loss, logs = self.wrapped(images.to(self.device, non_blocking=True), draw.to(self.device), self.teacher)
         self.wrapped.backward(loss / num_micro, scale_wrt_gas=False)
-        return logs
+        return logs if self.loss_scale is None else {**logs, "loss_scale": self.loss_scale.scale.clone()}
 
     def step(self, lr: float, clip: float | None, momentum: float) -> StepReport:
         """See ``Engine.step``. DeepSpeed waits for the device to know whether a gradient is finite."""
@@ -279,18 +229,33 @@ class DeepSpeedEngine:
         self.zero.clip_grad = clip or 0.0
         self.wrapped.step()
         applied = self.wrapped.was_step_applied()
+        skipped = torch.tensor(float(not applied), device=self.device)
+        if self.loss_scale is not None:
+            self.loss_scale.update(skipped)
         if applied and self.averages:
-            torch._foreach_lerp_(self.averages, self.masters[: len(self.averages)], 1 - momentum)
-            self._refresh_teacher()
+            self._move_averages(1 - momentum)
         norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.device)
-        return StepReport(norm.reshape(()), torch.tensor(float(not applied), device=self.device), culprit)
+        return StepReport(norm.reshape(()), skipped, culprit)
+
+    @torch.no_grad()
+    def _move_averages(self, weight: float) -> None:
+        for group, average in enumerate(self.averages):
+            with self.layout.resident(group):
+                average.lerp_(self.layout.masters[group], weight)
+        self._refresh_teacher()
 
     def _culprit(self) -> Tensor:
         """The last parameter with a gradient that is not finite on any process, as ``StepReport.culprit``."""
-        found = [(place, gradient) for place, name in enumerate(self.trained_names)
-                 if (gradient := self._gradient(name)) is not None]  # fmt: skip
-        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in found]))
-        places = torch.tensor([place for place, _ in found], dtype=torch.float32, device=norms.device)
+        if self.cfg.engine.offload == "none":
+            found = {place: gradient for place, name in enumerate(self.trained_names)
+                     if (gradient := self._gradient(name)) is not None}  # fmt: skip
+            norms = torch.stack(torch._foreach_norm(list(found.values())))
+        else:  # the gradients are on their way to the host or a disk, but their norms have been taken
+            taken = self.zero.norm_for_param_grads
+            found = {place: taken[key] for place, name in enumerate(self.trained_names)
+                     if (key := self.zero.get_param_id(self.named[name])) in taken}  # fmt: skip
+            norms = torch.stack([torch.as_tensor(norm) for norm in found.values()])
+        places = torch.tensor(list(found), dtype=torch.float32, device=norms.device)
         worst = torch.where(norms.isfinite(), -1.0, places).max().to(self.device)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         return worst
@@ -323,33 +288,38 @@ class DeepSpeedEngine:
 
     def _kinds(self, name: str) -> dict[str, Sequence[Tensor]]:
         """The flat buffers in which a parameter's values of each kind lie."""
-        kinds = {"model": self.masters, **self.moments}
+        kinds = {"model": self.layout.masters, **self.layout.moments}
         return kinds | {"ema": self.averages} if name in self.followed else kinds
 
     def state(self) -> dict[str, Tensor]:
         """See ``Engine.state``; copies, one parameter gathered at a time. All processes must call it."""
         state = {f"model.{name}": value for name, value in self.frozen.items()}
-        for name in self.trained_names:
+        if self.loss_scale is not None:
+            state |= {"loss_scale": self.loss_scale.scale, "loss_scale.good_steps": self.loss_scale.good_steps}
+        for name in self.layout.names():
             kinds = self._kinds(name)
-            values = self._read(name, list(kinds.values()))
+            values = self.layout.read(name, list(kinds.values()))
             state |= {f"{kind}.{name}": value for kind, value in zip(kinds, values, strict=True)}
-            state[f"step.{name}"] = self.counts[0].clone()
+            state[f"step.{name}"] = self.layout.counts[0].clone()
         return state
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """See ``Engine.load``. Raises KeyError for a state of another method or model."""
-        for name in self.trained_names:
+        for name in self.layout.names(write=True):
             kinds = self._kinds(name)
-            self._write(name, [state[f"{kind}.{name}"] for kind in kinds], list(kinds.values()))
-            for count in self.counts:
+            self.layout.write(name, [state[f"{kind}.{name}"] for kind in kinds], list(kinds.values()))
+            for count in self.layout.counts:
                 count.copy_(state[f"step.{name}"])
         for name, value in self.frozen.items():
             value.to_local().copy_(state[f"model.{name}"].to_local())
+        if self.loss_scale is not None:
+            self.loss_scale.scale.copy_(state["loss_scale"])
+            self.loss_scale.good_steps.copy_(state["loss_scale.good_steps"])
         self._refresh_weights()
         self._refresh_teacher()
 
     def full_params(self) -> dict[str, Tensor]:
         """See ``Engine.full_params``."""
-        values = {name: self._read(name, [self.masters])[0] for name in self.trained_names} | self.frozen
+        values = {name: self.layout.read(name, [self.layout.masters])[0] for name in self.layout.names()} | self.frozen
         return {name: values[name].full_tensor().to("cpu", copy=True) for name in self.named}
