@@ -1,7 +1,7 @@
 """Checkpoints in the background: training waits for a copy of the state in memory, not for the disk.
 
-The copy's buffers are made once and kept, so a rank needs its part of the state twice in host memory. A save that fails
-leaves the last good checkpoint and is reported; the next one is tried.
+The copy's buffers are made once and kept, so a rank needs its part of the state twice in host memory; a state that is a copy
+already is written as it is. A save that fails leaves the last good checkpoint and is reported; the next one is tried.
 """
 
 import threading
@@ -48,13 +48,21 @@ class Saver:
         self._outcome: Saved | BaseException | None = None
         self._stall = 0.0
 
-    def start(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Begin to save; ``ready`` must be called before ``tensors`` change. The save before it must have been waited for."""
-        began = time.perf_counter()
+    def start(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, copied: bool = False,
+              began: float | None = None) -> None:  # fmt: skip
+        """Begin to save; ``ready`` must be called before ``tensors`` change. The save before it must have been waited for.
+
+        ``copied``: nobody will change them. ``began``: ``time.perf_counter()`` when training stopped for this, if not now.
+        """
+        began = time.perf_counter() if began is None else began
         if self._device.type == "cuda":
             # The copy runs on a stream of its own, which would overtake the steps that are still queued.
             torch.cuda.current_stream(self._device).synchronize()
-        self._copy = cast("Future[dict[str, Tensor]]", self._stager.stage(tensors))
+        if copied:
+            self._copy = Future()
+            self._copy.set_result(tensors)
+        else:
+            self._copy = cast("Future[dict[str, Tensor]]", self._stager.stage(tensors))
         arguments = (self._copy, step, state, began)
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()

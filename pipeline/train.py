@@ -128,11 +128,12 @@ class Trainer:
         """Begin to save; a save that still goes on is waited for."""
         self.heart.beat("save", self.step)
         self._report(self.saver.wait())
+        began = time.perf_counter()
         self.saver.start(self.step, self.engine.state(), {
             "samples_seen": self.step * self.cfg.train.global_batch, "skipped_ranges": self.skipped_ranges,
             "nonfinite_streak": self.guard.streak, "image_set": self.loader.image_set,
             "torch_threads": torch.get_num_threads(), "config": self.cfg.model_dump(mode="json"), "versions": _versions(),
-        })  # fmt: skip
+        }, copied=self.engine.state_is_copy, began=began)  # fmt: skip
         self.buffer.flush()  # the pause is not training time
 
     def _report(self, saved: Saved | None) -> None:

@@ -27,11 +27,15 @@ class StepReport:
 
 
 class Engine(Protocol):
-    """The face of every engine. ``ema`` holds the teacher's fp32 weights by name, empty without a teacher."""
+    """The face of every engine. ``ema`` holds the teacher's fp32 weights by name, empty without a teacher.
+
+    ``state_is_copy``: what ``state()`` returns does not change with the next step.
+    """
 
     method: "Method"
     trained_names: list[str]
     ema: dict[str, Tensor]
+    state_is_copy: bool
 
     def micro_step(self, images: Tensor, draw: "Draw", num_micro: int, last: bool) -> dict[str, Tensor]:
         """Forward and backward of one of ``num_micro`` micro-batches; the loss is divided by ``num_micro`` here, once."""
@@ -43,7 +47,7 @@ class Engine(Protocol):
         """A read-only method (predict, figure) with all parameters at hand."""
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, teacher, moments and Adam's counts under the plain module's names; loading fills them in place."""
+        """Weights, teacher, moments and Adam's counts under the plain module's names, for a checkpoint to be read into too."""
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over a state that ``state()`` had the shape of."""

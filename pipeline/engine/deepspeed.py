@@ -46,6 +46,8 @@ def import_deepspeed() -> Any:
 class DeepSpeedEngine:
     """One of W processes under ZeRO. See ``pipeline.engine.Engine``."""
 
+    state_is_copy = True
+
     def __init__(self, cfg: Config, device: torch.device) -> None:
         """Builds the method with its first weights, each process its part. Without a process group it makes one of 1."""
         self.deepspeed = import_deepspeed()
@@ -292,10 +294,13 @@ class DeepSpeedEngine:
         return kinds | {"ema": self.averages} if name in self.followed else kinds
 
     def state(self) -> dict[str, Tensor]:
-        """See ``Engine.state``; copies, one parameter gathered at a time. All processes must call it."""
-        state = {f"model.{name}": value for name, value in self.frozen.items()}
+        """See ``Engine.state``; on the host, one parameter gathered at a time. All processes must call it."""
+        state: dict[str, Tensor] = {f"model.{name}": self.layout.to_host(value) for name, value in self.frozen.items()}
         if self.loss_scale is not None:
-            state |= {"loss_scale": self.loss_scale.scale, "loss_scale.good_steps": self.loss_scale.good_steps}
+            state |= {
+                "loss_scale": self.loss_scale.scale.clone(),
+                "loss_scale.good_steps": self.loss_scale.good_steps.clone(),
+            }
         for name in self.layout.names():
             kinds = self._kinds(name)
             values = self.layout.read(name, list(kinds.values()))

@@ -1,11 +1,18 @@
 """What ``engine.offload=nvme`` needs before DeepSpeed starts: an extension for asynchronous I/O, and a folder."""
 
 import atexit
+import fcntl
 import logging
+import os
 import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline.config import Config, UserError
 from pipeline.zero_config import swap_folder
@@ -14,7 +21,7 @@ log = logging.getLogger("patchmill")
 
 
 def prepare_nvme(cfg: Config, rank: int, builder: Any) -> None:
-    """Compile what ``builder`` builds, unless it is there, and see to it that this rank's files are removed in the end.
+    """Compile what DeepSpeed's ``builder`` builds, unless it is there; in the end this rank's files are removed.
 
     Raises UserError where libaio or a compiler is missing, or the folder cannot be written.
     """
@@ -28,17 +35,28 @@ def prepare_nvme(cfg: Config, rank: int, builder: Any) -> None:
     if shutil.which("g++") is None or not builder.is_compatible():
         raise UserError("engine.offload = nvme: needs g++ and libaio with its headers to compile DeepSpeed's extension for it; "
                         "install them (apt: g++ libaio-dev; conda: cxx-compiler libaio), or set engine.offload=cpu")  # fmt: skip
-    log.info("engine.offload = nvme: compiling DeepSpeed's extension for it, at most 2 minutes; later starts find it in %s",
-             "TORCH_EXTENSIONS_DIR (~/.cache/torch_extensions)")  # fmt: skip
+    log.info("engine.offload = nvme: the first start compiles DeepSpeed's extension for it, 1 to 4 minutes")
     start = time.monotonic()
-    builder.load(verbose=False)
-    log.info(
-        "engine.offload = nvme: the extension is there after %.0f s; files in %s", time.monotonic() - start, folder
-    )
+    with _compiling() as kept:
+        builder.load(verbose=False)
+    log.info("engine.offload = nvme: the extension was there after %.0f s, kept in %s", time.monotonic() - start, kept)
+
+
+@contextmanager
+def _compiling() -> Iterator[Path]:
+    """One process at a time. Torch's own lock is a file: one that a killed process left would be waited for for ever."""
+    name = f"python{sys.version_info[0]}.{sys.version_info[1]}-torch{torch.__version__}"
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "patchmill" / name)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "patchmill.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        for left in folder.glob("*/lock"):
+            left.unlink()
+        yield folder
 
 
 def _remove(folder: Path, rank: int) -> None:
-    """The rank's files, and the folder when it was the last; what a killed process leaves its next start writes over."""
+    """The rank's files, and the folder when it was the last; those of a killed process are written over by the next start."""
     shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True)
     (folder / f"rank{rank}").unlink(missing_ok=True)
     if not list(folder.glob("rank*")):

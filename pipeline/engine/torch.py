@@ -70,6 +70,8 @@ def join_alone() -> None:
 class TorchEngine:
     """One of W processes, on a CPU or a GPU. See ``pipeline.engine.Engine``."""
 
+    state_is_copy = False
+
     def __init__(self, cfg: Config, device: torch.device) -> None:
         """Builds the method with its first weights, each process its part. Without a process group it makes one of 1.
 

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
@@ -42,6 +42,7 @@ class Layout:
     ) -> None:  # fmt: skip
         """Makes the moments: left to the first step, they would be linked to the parameters of the first group only."""
         self.zero, self.stage, self.shapes, self.mesh = zero, stage, shapes, mesh
+        self._host = init_device_mesh("cpu", (mesh.size(),))
         self.masters: list[Tensor] = (
             zero.fp32_partitioned_groups_flat if stage == 3
             else [group["params"][0] for group in zero.optimizer.param_groups]
@@ -93,15 +94,23 @@ class Layout:
 
     @torch.no_grad()
     def read(self, name: str, sources: Sequence[Sequence[Tensor]]) -> list[DTensor]:
-        """A parameter's values in each of ``sources``, lists of flat buffers; every process its rows. All must call it."""
+        """A parameter's values in each of ``sources``, lists of flat buffers: copies on the host, every process its rows.
+
+        All processes must call it.
+        """
         shape, part, device = self.shapes[name], self.fragments[name], self.mesh.device_type
         whole = torch.zeros(len(sources), shape.numel(), device=device)
         for row, flats in zip(whole, sources, strict=True):
             row[part.begin : part.begin + part.numel] = part.of(flats)
         dist.all_reduce(whole)
         rows = (distribute_tensor(row.view(shape), self.mesh, [Shard(0)], src_data_rank=None) for row in whole)
-        return [DTensor.from_local(row.to_local().clone(), self.mesh, [Shard(0)], run_check=False, shape=shape,
-                                   stride=row.stride()) for row in rows]  # fmt: skip
+        return [self.to_host(row) for row in rows]
+
+    def to_host(self, value: DTensor) -> DTensor:
+        """A copy on the host, laid out alike."""
+        rows = value.to_local().to("cpu", copy=True)
+        return DTensor.from_local(rows, self._host, value.placements, run_check=False, shape=value.shape,
+                                  stride=value.stride())  # fmt: skip
 
     @torch.no_grad()
     def write(self, name: str, values: Sequence[DTensor], targets: Sequence[Sequence[Tensor]]) -> None:

@@ -1,10 +1,10 @@
-"""ZeRO on two processes: the map of its flat buffers beside DeepSpeed's own accessors, skipped steps, and what a process holds."""
+"""ZeRO on two processes: the map of its flat buffers beside DeepSpeed's own accessors, skipped steps, offload, and fp16."""
 
-import itertools
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,16 +13,40 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from pipeline.bench.parity import Case, whole
-from pipeline.engine.deepspeed import DeepSpeedEngine
+from pipeline.config import Config
+from pipeline.engine.deepspeed import DeepSpeedEngine, import_deepspeed
+from pipeline.optim import FIRST_SCALE
 
 pytestmark = pytest.mark.timeout(900)  # starting processes on a busy machine takes minutes
 
-CASES = list(itertools.product((1, 2, 3), ("fp32", "bf16")))
 CPU = torch.device("cpu")
 
 
-def make(stage: int, precision: str) -> DeepSpeedEngine:
-    return DeepSpeedEngine(Case("pcae", f"zero{stage}-2", precision).config(), CPU)
+class Kind(NamedTuple):
+    """An engine: its stage, precision and what it keeps on the host or a disk."""
+
+    stage: int
+    precision: str = "fp32"
+    offload: str = "none"
+    params: bool = False
+
+    def __str__(self) -> str:
+        """A file name."""
+        return f"zero{self.stage}-{self.precision}-{self.offload}{'-params' * self.params}"
+
+
+KINDS = [Kind(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16")]
+ON_HOST = [Kind(2, "fp32", "cpu"), Kind(2, "bf16", "cpu"), Kind(3, "fp32", "cpu"), Kind(3, "bf16", "cpu", True)]
+ON_DISK = [Kind(3, "fp32", "nvme"), Kind(3, "bf16", "nvme", True)]
+
+
+def make(kind: Kind, disk: str) -> DeepSpeedEngine:
+    settings = Case("pcae", f"zero{kind.stage}-2", kind.precision).config().model_dump(mode="json")
+    settings["engine"] |= {"offload": kind.offload, "offload_params": kind.params}
+    if kind.offload == "nvme":
+        settings["engine"]["offload_dir"] = disk
+        settings["model"]["name"] = "vit_t"  # parts of less than a MiB stay in memory
+    return DeepSpeedEngine(Config.model_validate(settings), CPU)
 
 
 def step(engine: DeepSpeedEngine, number: int, *, poison: bool = False) -> Any:
@@ -56,11 +80,12 @@ def oracle(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return found
 
 
-def examine(stage: int, precision: str) -> dict[str, Any]:
+def examine(kind: Kind, disk: str) -> dict[str, Any]:
     """What a rank saw, as JSON."""
-    linear, engine, seen = torch.nn.functional.linear, make(stage, precision), dict[str, Any]()
+    linear, engine, seen = torch.nn.functional.linear, make(kind, f"{disk}/a"), dict[str, Any]()
+    seen["on_disk"] = [flat.numel() for flat in engine.layout.masters].count(0)
     first = step(engine, 0, poison=dist.get_rank() == 1)  # before there is any moment
-    start = make(stage, precision).state()
+    start = make(kind, f"{disk}/b").state()
     seen["first"] = [
         float(first.skipped),
         engine.trained_names[int(first.culprit)],
@@ -68,20 +93,24 @@ def examine(stage: int, precision: str) -> dict[str, Any]:
     ]
     good = step(engine, 1)
     seen["good"] = [float(good.skipped), float(good.culprit)]
-    before = whole(engine.state())
+    kept = engine.state()
+    before = whole(kept)
     bad = step(engine, 2, poison=dist.get_rank() == 1)
     seen["bad"] = [float(bad.skipped), engine.trained_names[int(bad.culprit)], differing(whole(engine.state()), before)]
     held = oracle(engine)
     seen["oracle"] = [name for name, value in held.items() if not torch.equal(value, before[name])]
     seen["trained"] = len(engine.trained_names)
     seen["teacher"] = teacher_differs(engine, before)
-    twin = make(stage, precision)
+    twin = make(kind, f"{disk}/c")
     twin.load({name: value.clone() for name, value in engine.state().items()})
     seen["loaded"] = differing(whole(twin.state()), before)
-    for number in (3, 4):
-        a, b = step(engine, number), step(twin, number)
-        seen[f"goes_on_{number}"] = [float(a.grad_norm), float(b.grad_norm)]
-    seen["goes_on"] = differing(whole(twin.state()), whole(engine.state()))
+    norms = [(float(step(engine, number).grad_norm), float(step(twin, number).grad_norm)) for number in range(3, 12)]
+    seen["goes_on_norms"] = [a == b for a, b in norms]
+    end = whole(engine.state())
+    seen["kept"] = [engine.state_is_copy, differing(whole(kept), before)]
+    seen["goes_on"] = differing(whole(twin.state()), end)
+    seen["digest"] = hashlib.sha256(b"".join(end[name].numpy().tobytes() for name in sorted(end))).hexdigest()
+    seen["scale"] = [float(state["loss_scale"]) for state in (before, end) if "loss_scale" in state]
     seen["linear"] = torch.nn.functional.linear is linear
     return seen
 
@@ -95,48 +124,78 @@ def teacher_differs(engine: DeepSpeedEngine, state: dict[str, Tensor]) -> list[s
                 if not torch.equal(engine.twins[name].data, state[f"ema.{name}"].to(engine.compute))]  # fmt: skip
 
 
-def _work(rank: int, folder: str) -> None:
+def _work(rank: int, folder: str, kinds: Sequence[Kind]) -> None:
     torch.set_num_threads(1)
+    import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # a CPU does compute in it, only slowly
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    for stage, precision in CASES:
-        seen = examine(stage, precision)
-        Path(f"{folder}/{stage}_{precision}_{rank}.json").write_text(json.dumps(seen))
+    for kind in kinds:
+        Path(f"{folder}/{kind}_{rank}.json").write_text(json.dumps(examine(kind, f"{folder}/{kind}")))
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("zero")
-    mp.start_processes(_work, (str(path),), 2, start_method="spawn")
-    yield path
-
-
-@pytest.fixture(params=CASES, ids=lambda case: f"stage{case[0]}-{case[1]}")
-def seen(request, folder) -> list[dict[str, Any]]:
-    stage, precision = request.param
-    return [json.loads((folder / f"{stage}_{precision}_{rank}.json").read_text()) for rank in (0, 1)]
+@pytest.fixture(scope="module", params=[KINDS + ON_HOST, pytest.param(ON_DISK, marks=pytest.mark.slow)],
+                ids=["memory", "disk"])  # fmt: skip
+def seen(request, tmp_path_factory) -> Iterator[dict[Kind, list[dict[str, Any]]]]:
+    """By engine what each rank saw."""
+    folder = tmp_path_factory.mktemp("zero")
+    mp.start_processes(_work, (str(folder), request.param), 2, start_method="spawn")
+    yield {
+        kind: [json.loads((folder / f"{kind}_{rank}.json").read_text()) for rank in (0, 1)] for kind in request.param
+    }
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(seen):
-    for rank in seen:
-        for when in ("first", "bad"):
-            assert rank[when] == [1.0, "decoder.blocks.0.mlp.fc1.bias", []]
-        assert rank["good"] == [0.0, -1.0]
+    for kind, ranks in seen.items():
+        scale = ["loss_scale"] if kind.precision == "fp16" else []
+        for rank in ranks:
+            assert rank["first"] == [1.0, "decoder.blocks.0.mlp.fc1.bias", scale], kind
+            assert rank["bad"] == [
+                1.0,
+                "decoder.blocks.0.mlp.fc1.bias",
+                [*scale, *("loss_scale.good_steps" for _ in scale)],
+            ]
+            assert rank["good"] == [0.0, -1.0], kind
+
+
+def test_the_loss_scale_is_halved_by_each_skipped_step(seen):
+    for kind, ranks in seen.items():
+        expected = [FIRST_SCALE / 2, FIRST_SCALE / 4] if kind.precision == "fp16" else []
+        assert all(rank["scale"] == expected for rank in ranks), kind
 
 
 def test_the_state_is_what_deepspeed_says_it_is(seen):
-    assert all(rank["oracle"] == [] and rank["trained"] > 50 for rank in seen)
+    for kind, ranks in seen.items():
+        assert all(rank["oracle"] == [] and rank["trained"] > 50 for rank in ranks), kind
 
 
 def test_the_teacher_that_computes_is_the_average(seen):
-    assert all(rank["teacher"] == [] for rank in seen)
+    for kind, ranks in seen.items():
+        assert all(rank["teacher"] == [] for rank in ranks), kind
 
 
 def test_another_engine_takes_the_state_over_and_goes_on_bit_for_bit(seen):
-    for rank in seen:
-        assert rank["loaded"] == [] == rank["goes_on"]
-        assert all(a == b for a, b in (rank["goes_on_3"], rank["goes_on_4"]))
+    for kind, ranks in seen.items():
+        assert all(rank["loaded"] == [] == rank["goes_on"] and all(rank["goes_on_norms"]) for rank in ranks), kind
+
+
+def test_a_state_stays_as_it_was_when_training_goes_on(seen):
+    for kind, ranks in seen.items():
+        assert all(rank["kept"] == [True, []] for rank in ranks), kind
 
 
 def test_torchs_linear_function_stays_torchs(seen):
-    assert all(rank["linear"] for rank in seen)
+    assert all(rank["linear"] for ranks in seen.values() for rank in ranks)
+
+
+def test_ten_steps_with_the_optimizer_on_the_host_are_those_without_bit_for_bit(seen):
+    for kind, ranks in seen.items():
+        if kind.offload == "cpu" and kind.precision == "fp32":
+            assert ranks[0]["digest"] == seen[kind._replace(offload="none")][0]["digest"], kind
+
+
+def test_what_is_said_to_lie_on_a_disk_does(seen):
+    for kind, ranks in seen.items():
+        assert all((rank["on_disk"] > 0) == (kind.offload == "nvme") for rank in ranks), kind

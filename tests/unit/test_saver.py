@@ -1,6 +1,7 @@
 """Saves in the background: the copy is of its moment, one at a time, and a failure is told without ending training."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -47,6 +48,20 @@ def test_the_copies_keep_their_memory(background):
         background.wait()
     assert found[0] == found[1] == found[2]
     assert [path.name for path in checkpoint.candidates(background._folder)] == ["step-00000003", "step-00000002"]
+
+
+def test_a_state_that_is_a_copy_is_not_copied_again(background):
+    state = tensors(1)
+    background.start(1, state, {}, copied=True)
+    assert background._copy.result() is state
+    saved = background.wait()
+    assert holds(saved.path, 1) and saved.stall_s <= saved.seconds
+
+
+def test_the_stall_counts_from_where_training_stopped(background):
+    background.start(1, tensors(1), {}, began=time.perf_counter() - 100)
+    saved = background.wait()
+    assert saved.seconds > 100 and saved.stall_s > 100
 
 
 def test_a_save_that_fails_is_told_and_the_next_one_is_tried(background, monkeypatch):
