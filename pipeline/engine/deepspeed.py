@@ -24,9 +24,9 @@ from pipeline.config import Config
 from pipeline.engine import COMPUTE, StepReport
 from pipeline.engine.layers import checkpoint_layers, compile_layers
 from pipeline.engine.torch import join_alone
+from pipeline.memory import takes_decay
 from pipeline.methods import METHODS, build_method
 from pipeline.methods.common import Draw
-from pipeline.optim import takes_decay
 from pipeline.zero_config import deepspeed_config
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
