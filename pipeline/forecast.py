@@ -6,14 +6,41 @@ from typing import Final
 from pipeline.config import Config
 from pipeline.costs import Flops
 from pipeline.estimate import flops_per_image
-from pipeline.memory import Activations, Checkpointing, State, activations, averaged, parameters, state
+from pipeline.memory import Activations, Checkpointing, EngineName, State, activations, averaged, parameters, state
 from pipeline.order import Plan
-from pipeline.planner import GIB, USED, Advice, Machine, advise, largest_batch, local_batch, warnings
+from pipeline.planner import (
+    GIB,
+    HOST_GB_S,
+    PCIE_GB_S,
+    USED,
+    ZERO,
+    Advice,
+    Layout,
+    Machine,
+    advise,
+    configured,
+    largest_batch,
+    local_batch,
+    micro_batch,
+    planned,
+    predict_step,
+    warnings,
+)
+from pipeline.zero_memory import Zero, offload_bytes, padding, zero_state
 
 IMAGENET: Final = 1_281_167
 IMAGE_BYTES: Final = 50_000  # a JPEG of 512 px in quality 90
 CORE_IMAGES_S: Final = 860  # what a core decodes, as FFCV's authors publish it
 MEGA: Final = 1e6
+WHEN: Final[dict[EngineName, str]] = {
+    "single": "one GPU and its memory suffice",
+    "ddp": "all of it fits every GPU",
+    "fsdp2": "ddp does not fit, or its optimizer's step takes long on several hosts",
+    "hsdp": "as fsdp2, between hosts with a thin network",
+    "zero1": "as ddp, if its optimizer's step takes longer than traffic that in bf16 no computing hides",
+    "zero2": "weights fit, gradients and moments do not; every micro-batch reduces all gradients",
+    "zero3": "as fsdp2 without resharding: up to half a billion weights stay gathered until the backward pass",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +69,7 @@ def count_parameters(cfg: Config) -> Parameters:
 
 @dataclass(frozen=True)
 class Fit:
-    """Activations an image under a checkpointing, and the largest micro-batch in one step beside the advised engine's state."""
+    """Activations an image under a checkpointing, and the largest micro-batch in one step beside the state of ``plan``'s engine."""
 
     checkpointing: Checkpointing
     activations: Activations
@@ -54,9 +81,24 @@ def _state_line(name: str, held: State) -> str:
     return f"  {name:<12}" + "".join(f"{amount / GIB:>11.3f}" for amount in amounts)
 
 
+def _engine_lines(cfg: Config, machine: Machine) -> list[str]:
+    """For each engine what it would do with this configuration, and when it is the right one."""
+    names: tuple[EngineName, ...] = ("single",) if machine.gpus == 1 else ("ddp", "fsdp2", "hsdp")
+    lines = []
+    for name in names + ZERO:
+        layout = configured(cfg, name)
+        fits = micro_batch(cfg, machine, layout)
+        time = f"{1e3 * predict_step(cfg, machine, layout).total:,.1f} ms" if fits else "does not fit"
+        lines.append(f"  {name:<12}{fits or '-':>11}{time:>14}   {WHEN[name]}")
+    return lines
+
+
 @dataclass(frozen=True)
 class Forecast:
-    """What a configuration takes on a machine; ``str()`` is the report. ``assumed``: the number of samples is not known."""
+    """What a configuration takes on a machine; ``str()`` is the report. ``assumed``: the number of samples is not known.
+
+    ``plan`` is what fits and times are predicted for: ``advice``, or DeepSpeed's stage where the configuration asks for one.
+    """
 
     cfg: Config
     machine: Machine
@@ -69,6 +111,7 @@ class Forecast:
     states: dict[str, State]
     fits: list[Fit]
     advice: Advice
+    plan: Advice
     warnings: list[str]
 
     def _counts(self) -> list[str]:
@@ -90,15 +133,19 @@ class Forecast:
         heads = ("weights", "gradients", "moments", "average", "teacher", "total")
         lines.append(f"  {'':<12}" + "".join(f"{head:>11}" for head in heads))
         lines += [_state_line(name, held) for name, held in self.states.items()]
+        pads = (f"zero{n} {padding(self.cfg, Zero(n, self.machine.gpus)):,}" for n in (1, 2, 3))
+        lines.append(
+            f"  padding      numbers of all processes together, of each kind that is held in parts: {', '.join(pads)}"
+        )
         lines.append(f"activations  MiB an image kept for the backward pass; predicted largest micro-batch with "
-                     f"{self.advice.layout.engine} in {USED:.0%} of {self.machine.gpu.memory_gib:g} GiB")  # fmt: skip
+                     f"{self.plan.layout.engine} in {USED:.0%} of {self.machine.gpu.memory_gib:g} GiB")  # fmt: skip
         lines.append(f"  {'checkpoint_layers':<20}{'MiB':>11}{'images':>11}")
         for fit in self.fits:
             lines.append(f"  {fit.checkpointing!s:<20}{fit.activations.kept / 2**20:>11.2f}{fit.micro_batch:>11,}")
         return lines
 
     def _time(self) -> list[str]:
-        machine, step = self.machine, self.advice.step
+        machine, step = self.machine, self.plan.step
         if step is None:
             return []
         hours = step.total * self.steps / 3600
@@ -120,11 +167,38 @@ class Forecast:
         words += f" train.micro_batch={step.micro_batch}" if step else ""
         advice = [f"engine       predicted best on {machine.gpus} x {self.gpu_name}, {machine.per_host} a host: {words}",
                   f"             {self.advice.reason}"]  # fmt: skip
-        asked = self.cfg.engine.name
-        if asked != self.advice.layout.engine:
+        asked, own = self.cfg.engine.name, self.plan.layout
+        if own != self.advice.layout:
+            advice.append(
+                f"             but fits and times here are predicted for the configuration's {own.settings(machine)}"
+            )
+        elif asked != own.engine and not own.zero(machine):
             advice.append(f"             predicted for it, not for the configuration's engine.name={asked}")
+        advice.append(
+            f"  {'':<12}{'images':>11}{'a step':>14}   predicted with this configuration's settings; right when"
+        )
+        advice += _engine_lines(self.cfg, machine)
         found = [f"warning      {line}" for line in self.warnings]
-        return "\n".join([*self._counts(), *self._memory(), *advice, *self._time(), *found])
+        return "\n".join([*self._counts(), *self._memory(), *advice, *self._time(), *self._offload(), *found])
+
+    def _offload(self) -> list[str]:
+        """What goes between a GPU and its host, where the configuration's stage of ZeRO keeps something there."""
+        layout, step = self.plan.layout, self.plan.step
+        zero = layout.zero(self.machine)
+        if zero is None or not zero.offload:
+            return []
+        held, num_micro = zero_state(self.cfg, zero)[1].total, 1
+        if step:
+            num_micro = local_batch(self.cfg, self.machine) // step.micro_batch
+        sent = offload_bytes(self.cfg, zero, num_micro)
+        where = (
+            "on the host, or of it weights and moments in files" if self.cfg.engine.offload == "nvme" else "on the host"
+        )
+        return [
+            f"offload      predicted {held / GIB:.3f} GiB a process {where}; {sent / 1e9:.3f} GB a step there and back,",
+            f"             predicted {sent / (PCIE_GB_S * 1e6):.1f} ms at a stated {PCIE_GB_S:g} GB/s, and the optimizer at "
+            f"{HOST_GB_S:g} GB/s of the host's memory",
+        ]
 
 
 def forecast(cfg: Config, machine: Machine, gpu_name: str, samples: int | None) -> Forecast:
@@ -134,18 +208,20 @@ def forecast(cfg: Config, machine: Machine, gpu_name: str, samples: int | None) 
     """
     local_batch(cfg, machine)
     number = IMAGENET if samples is None else samples
-    advice = advise(cfg, machine)
+    advice, plan = advise(cfg, machine), planned(cfg, machine)
     hosts = min(machine.per_host, machine.gpus)
     kinds: dict[str, int] = {"single, ddp": 1, "fsdp2": machine.gpus, f"hsdp of {hosts}": hosts}
+    states = {name: state(cfg, shards) for name, shards in kinds.items()}
+    layouts: dict[str, Layout] = {name: configured(cfg, name) for name in ZERO}
+    states |= {name: zero_state(cfg, zero)[0] for name, one in layouts.items() if (zero := one.zero(machine))}
     which: list[Checkpointing] = ["none", "selective", "full"]
     if isinstance(cfg.engine.checkpoint_layers, int):
         which.append(cfg.engine.checkpoint_layers)
     fits = [
-        Fit(one, activations(cfg, one), largest_batch(cfg, machine, advice.layout._replace(checkpointing=one)))
+        Fit(one, activations(cfg, one), largest_batch(cfg, machine, plan.layout._replace(checkpointing=one)))
         for one in which
     ]
     return Forecast(
         cfg, machine, gpu_name, number, samples is None, Plan.of(cfg, number).total_steps, count_parameters(cfg),
-        flops_per_image(cfg), {name: state(cfg, shards) for name, shards in kinds.items()}, fits, advice,
-        warnings(cfg, machine, advice),
+        flops_per_image(cfg), states, fits, advice, plan, warnings(cfg, machine, plan),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from pipeline.costs import num_visible, teacher_schedule
 from pipeline.estimate import randsac_tokens
 from pipeline.settings import PCAEConfig, RandSACConfig
 
-EngineName = Literal["single", "ddp", "fsdp2", "hsdp"]
+EngineName = Literal["single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
 Checkpointing = Literal["none", "full", "selective"] | int
 
 FP32: Final = 4
@@ -31,6 +31,11 @@ class Parameter(NamedTuple):
     def size(self) -> int:
         """Numbers in it."""
         return prod(self.shape)
+
+
+def takes_decay(name: str, shape: tuple[int, ...]) -> bool:
+    """Weight decay is for matrices and tokens: not for biases, norms (MAE's rule) or RandSAC's skip weights."""
+    return len(shape) > 1 and not name.endswith((".bias", ".skip"))
 
 
 def _norm(name: str, width: int) -> list[Parameter]:
@@ -237,6 +242,15 @@ def activations(cfg: Config, checkpointing: Checkpointing) -> Activations:
     return Activations(kept, max(layer.kept for layer in layers))
 
 
+def layer_sizes(items: list[Parameter]) -> tuple[int, list[int]]:
+    """Numbers of what is in no layer, and of each layer."""
+    layers: dict[str, int] = {}
+    for item in items:
+        name = ".".join(item.name.split(".")[:3]) if ".blocks." in item.name else ""
+        layers[name] = layers.get(name, 0) + item.size
+    return layers.pop(""), list(layers.values())
+
+
 def passing(cfg: Config, shards: int, *, reshard: bool, accumulates: bool) -> int:
     """Bytes that come and go in a step: gathered weights in compute precision, and gradients that are not reduced yet.
 
@@ -244,13 +258,8 @@ def passing(cfg: Config, shards: int, *, reshard: bool, accumulates: bool) -> in
     layers and of what is in no layer. Gradients of micro-batches before the last stay whole, in fp32, in every engine.
     """
     own = parameters(cfg)
-    layers: dict[str, int] = {}
-    for item in own:
-        name = ".".join(item.name.split(".")[:3]) if ".blocks." in item.name else ""
-        layers[name] = layers.get(name, 0) + item.size
-    rest = layers.pop("")
-    whole = rest + sum(layers.values())
-    some = rest + 2 * max(layers.values())
+    rest, layers = layer_sizes(own)
+    whole, some = rest + sum(layers), rest + 2 * max(layers)
     gathered = some if shards > 1 and reshard else whole
     waiting = FP32 * sum(p.size for p in own if p.trained) if accumulates else 0
     unreduced = (some if shards > 1 else whole) * compute_bytes(cfg)

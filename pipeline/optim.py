@@ -7,16 +7,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from pipeline.memory import takes_decay
 from pipeline.settings import OptimConfig
 
 FIRST_SCALE: Final = 2.0**16
 SCALES: Final = (1.0, 2.0**24)
 GROWTH_STEPS: Final = 2000
-
-
-def takes_decay(name: str, shape: torch.Size) -> bool:
-    """Weight decay is for matrices and tokens: not for biases, norms (MAE's rule) or RandSAC's skip weights."""
-    return len(shape) > 1 and not name.endswith((".bias", ".skip"))
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: OptimConfig) -> torch.optim.AdamW:

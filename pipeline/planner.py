@@ -26,12 +26,16 @@ from pipeline.memory import (
     state,
 )
 from pipeline.settings import Section
+from pipeline.zero_memory import Zero, offload_bytes, zero_passing, zero_state, zero_traffic
 
 USED: Final = 0.9  # of a GPU's memory; the allocator and CUDA want the rest
 USABLE: Final = 0.88  # of a link's stated bandwidth, as collective operations reach it
 USEFUL_BATCH: Final = 32  # images; with fewer a GPU waits for its kernels to be started
 LAUNCH_S: Final = 75e-6  # to start the kernels of a block's forward pass, or of half its backward pass
+PCIE_GB_S: Final = 25.0  # between a GPU and its host, one way at a time
+HOST_GB_S: Final = 200.0  # of a host's memory, which its processes share
 GIB: Final = 2**30
+ZERO: Final[tuple[EngineName, ...]] = ("zero1", "zero2", "zero3")
 
 AmountOf = Annotated[float, Field(gt=1e-3, lt=1e9)]
 
@@ -105,31 +109,51 @@ class Machine:
 
 
 class Layout(NamedTuple):
-    """What of ``engine`` is to be chosen."""
+    """What of ``engine`` is to be chosen; ``zeroN`` is deepspeed's stage N, and only there may parts lie on the host."""
 
     engine: EngineName
     checkpointing: Checkpointing = "none"
     reshard: bool = False
+    offload: bool = False
+    offload_params: bool = False
 
     def settings(self, machine: Machine) -> str:
         """As overrides of a configuration."""
-        words = [f"engine.name={self.engine}"]
+        stage = self.zero(machine)
+        words = [f"engine.name=deepspeed engine.zero_stage={stage.stage}" if stage else f"engine.name={self.engine}"]
+        words += ["engine.offload=cpu"] * self.offload + ["engine.offload_params=true"] * self.offload_params
         if self.engine == "hsdp":
             words.append(f"engine.shard_size={self.shards(machine)}")
         if self.engine in ("fsdp2", "hsdp") and not self.reshard:
             words.append("engine.reshard_after_forward=false")
         return " ".join(words + [f"engine.checkpoint_layers={self.checkpointing}"] * (self.checkpointing != "none"))
 
+    def zero(self, machine: Machine) -> Zero | None:
+        """DeepSpeed's stage, over all processes; None for the other engines."""
+        if not self.engine.startswith("zero"):
+            return None
+        return Zero(int(self.engine[-1]), machine.gpus, self.offload, self.offload_params)
+
     def shards(self, machine: Machine) -> int:
         """How many processes share a state."""
-        return {"fsdp2": machine.gpus, "hsdp": min(machine.per_host, machine.gpus)}.get(self.engine, 1)
+        if self.engine == "hsdp":
+            return min(machine.per_host, machine.gpus)
+        return 1 if self.engine in ("single", "ddp") else machine.gpus
 
 
 def largest_batch(cfg: Config, machine: Machine, layout: Layout, *, accumulates: bool = False) -> int:
     """The largest micro-batch in images that fits a GPU beside the state; 0 when not one does."""
-    shards = layout.shards(machine)
-    held = state(cfg, shards).total + passing(cfg, shards, reshard=layout.reshard, accumulates=accumulates)
-    return max(0, int((machine.bytes - held) // activations(cfg, layout.checkpointing).peak))
+    zero, after = layout.zero(machine), 0
+    if zero:
+        beside, after = zero_passing(cfg, zero, accumulates=accumulates)
+        held = zero_state(cfg, zero)[0].total
+    else:
+        shards = layout.shards(machine)
+        beside = passing(cfg, shards, reshard=layout.reshard, accumulates=accumulates)
+        held = state(cfg, shards).total
+    if held + after > machine.bytes:
+        return 0
+    return max(0, int((machine.bytes - held - beside) // activations(cfg, layout.checkpointing).peak))
 
 
 def local_batch(cfg: Config, machine: Machine) -> int:
@@ -156,7 +180,9 @@ def communication_s(cfg: Config, machine: Machine, layout: Layout, num_micro: in
     trained = FP32 * sum(p.size for p in own if p.trained)
     within = USABLE * machine.gpu.link_gb_s * 1e9
     across = USABLE * 1e9 * (machine.network if machine.hosts > 1 else machine.gpu.link_gb_s)
-    slowest = min(within, across)
+    slowest, zero = min(within, across), layout.zero(machine)
+    if zero:
+        return sum(zero_traffic(cfg, zero, num_micro)) / slowest
     if layout.engine in ("single", "ddp"):
         return 2 * trained * (1 - 1 / machine.gpus) / slowest
     gathered = (1 + layout.reshard) * sum(p.size for p in own) + sum(p.size for p in averaged(cfg))
@@ -166,6 +192,29 @@ def communication_s(cfg: Config, machine: Machine, layout: Layout, num_micro: in
         return share * (1 - 1 / shards) / slowest
     # Each GPU of a host reduces its own part with its peers on other hosts; together they have the host's network.
     return share * (1 - 1 / shards) / within + 2 * trained * (1 - shards / machine.gpus) / across
+
+
+def exposed_s(cfg: Config, machine: Machine, layout: Layout, num_micro: int, busy: float) -> float:
+    """Seconds of a step in which a process only waits for the network; ``busy``: those in which it computes."""
+    if machine.gpus == 1:
+        return 0.0
+    traffic, zero = communication_s(cfg, machine, layout, num_micro), layout.zero(machine)
+    # Gradients travel behind the backward pass of the last micro-batch, in stage 2 of each, gathered weights behind everything.
+    window = busy if layout.engine in ("fsdp2", "hsdp", "zero3") else busy * 2 / 3
+    window /= num_micro if layout.engine in ("single", "ddp", "zero1") else 1
+    behind, after = zero_traffic(cfg, zero, num_micro) if zero else (1.0, 0.0)
+    late = traffic * after / (behind + after)
+    return max(0.0, traffic - late - window) + late
+
+
+def update_s(cfg: Config, machine: Machine, layout: Layout, num_micro: int) -> float:
+    """Seconds of the optimizer and the average, on the GPU or on the host, with what travels between the two."""
+    numbers = 30 * sum(p.size for p in parameters(cfg) if p.trained) + 12 * sum(p.size for p in averaged(cfg))
+    own, zero = numbers / layout.shards(machine), layout.zero(machine)
+    if zero is None or not zero.offload:
+        return own / (machine.gpu.memory_gb_s * 1e9)
+    host = min(machine.per_host, machine.gpus) * own / (HOST_GB_S * 1e9)
+    return host + offload_bytes(cfg, zero, num_micro) / (PCIE_GB_S * 1e9)
 
 
 def recomputed_flops(cfg: Config, flops: Flops, checkpointing: Checkpointing) -> float:
@@ -206,12 +255,9 @@ def predict_step(cfg: Config, machine: Machine, layout: Layout) -> Step:
     speed = machine.mfu * machine.peak(cfg)
     compute = local * flops.step / speed
     busy = compute + local * recomputed_flops(cfg, flops, layout.checkpointing) / speed
-    # Gradients travel behind the backward pass of the last micro-batch, gathered weights behind everything.
-    window = busy if layout.engine in ("fsdp2", "hsdp") else busy * 2 / 3 / num_micro
-    exposed = max(0.0, communication_s(cfg, machine, layout, num_micro) - window) if machine.gpus > 1 else 0.0
+    exposed = exposed_s(cfg, machine, layout, num_micro, busy)
     passes = 3 * (cfg.shape.depth + cfg.method.decoder_depth) + (cfg.shape.depth if averaged(cfg) else 0)
-    numbers = 30 * sum(p.size for p in parameters(cfg) if p.trained) + 12 * sum(p.size for p in averaged(cfg))
-    update = numbers / layout.shards(machine) / (machine.gpu.memory_gb_s * 1e9)
+    update = update_s(cfg, machine, layout, num_micro)
     launch = passes * LAUNCH_S * num_micro
     return Step(micro, compute, exposed, launch, update, max(busy + exposed, launch) + update)
 
@@ -275,12 +321,29 @@ def advise(cfg: Config, machine: Machine) -> Advice:
     return Advice(chosen, f"ddp does not fit a micro-batch of {useful}; so {held}", step)
 
 
+def configured(cfg: Config, engine: EngineName) -> Layout:
+    """``engine`` with the configuration's own settings."""
+    asked, zero = cfg.engine, engine.startswith("zero")
+    offload = zero and engine != "zero1" and asked.offload != "none"
+    params = engine == "zero3" and offload and asked.offload_params
+    return Layout(engine, asked.checkpoint_layers, asked.reshard_after_forward and not zero, offload, params)
+
+
+def planned(cfg: Config, machine: Machine) -> Advice:
+    """What is predicted for: DeepSpeed's stage where the configuration asks for one, else the advised layout."""
+    if cfg.engine.name != "deepspeed":
+        return advise(cfg, machine)
+    layout = configured(cfg, ZERO[(cfg.engine.zero_stage or 1) - 1])
+    fits = micro_batch(cfg, machine, layout)
+    return Advice(layout, "the configuration's own", predict_step(cfg, machine, layout) if fits else None)
+
+
 def restoring_gpus(cfg: Config, machine: Machine, efficiency: float = 0.7) -> int | None:
     """The largest number of GPUs, halved as often as needed, that is predicted to reach ``efficiency``; None if none does."""
     count = machine.gpus // 2
     while count:
         if cfg.train.global_batch % count == 0 and (count <= machine.per_host or count % machine.per_host == 0):
-            step = advise(cfg, replace(machine, gpus=count)).step
+            step = planned(cfg, replace(machine, gpus=count)).step
             if step is not None and step.efficiency >= efficiency:
                 return count
         count //= 2

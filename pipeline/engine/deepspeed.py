@@ -25,9 +25,10 @@ from pipeline.engine.layers import checkpoint_layers, compile_layers
 from pipeline.engine.nvme import prepare_nvme
 from pipeline.engine.torch import join_alone
 from pipeline.engine.zero_layout import Layout
+from pipeline.memory import takes_decay
 from pipeline.methods import METHODS, build_method
 from pipeline.methods.common import Draw
-from pipeline.optim import LossScale, takes_decay
+from pipeline.optim import LossScale
 from pipeline.zero_config import deepspeed_config
 
 

@@ -15,7 +15,8 @@ FILES = {
     for folder in FOLDERS
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-NO_TORCH = ("config", "settings", "keys", "order", "costs", "estimate", "memory", "planner", "forecast", "zero_config")
+NO_TORCH = ("config", "settings", "keys", "order", "costs", "estimate", "memory", "planner", "forecast", "zero_config",
+            "zero_memory")  # fmt: skip
 HEAVY = {
     "torch",
     "torchvision",
