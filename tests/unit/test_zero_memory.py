@@ -1,4 +1,4 @@
-"""What `patchmill estimate` predicts of DeepSpeed's ZeRO, by hand. What its processes really hold: tests/integration/test_memory.py."""
+"""What `patchmill estimate` predicts of DeepSpeed's ZeRO, by hand; what its processes really hold is measured in test_memory."""
 
 from dataclasses import replace
 
