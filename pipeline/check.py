@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError, UserError, binding_differences, load_config
 from pipeline.estimate import flops_per_image
 from pipeline.order import Plan
-from pipeline.zero_config import deepspeed_config
+from pipeline.zero_config import deepspeed_config, swap_folder
 
 
 def _data(cfg: Config, which: str, path: str) -> tuple[str, int]:
@@ -92,6 +93,24 @@ def _staging(cfg: Config) -> Iterator[str]:
                         "make room there, or leave it out")  # fmt: skip
 
 
+def _offload(cfg: Config) -> Iterator[str]:
+    """A line on the files that ``engine.offload=nvme`` keeps. Raises UserError where they could not be made, or not read."""
+    if cfg.engine.offload_dir is None:
+        return
+    folder = swap_folder(cfg)
+    above = next(parent for parent in folder.resolve().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(
+            f"engine.offload_dir = {cfg.engine.offload_dir}: {above} cannot be written; set it to another folder"
+        )
+    compiler = shutil.which("g++")
+    if compiler is None or subprocess.run([compiler, "-E", "-xc++", "-"], input=b"#include <libaio.h>", capture_output=True,
+                                          check=False).returncode:  # fmt: skip
+        raise UserError("engine.offload = nvme: needs g++ and libaio with its headers (apt: g++ libaio-dev; "
+                        "conda: cxx-compiler libaio); install them, or set engine.offload=cpu")  # fmt: skip
+    yield f"offload: files in {folder}, {shutil.disk_usage(above).free / 2**30:.0f} GiB free there"
+
+
 def check(cfg: Config) -> str:
     """A summary of a configuration whose data and folders are in order. Raises ConfigError with every problem."""
     lines, problems = [], []
@@ -106,7 +125,7 @@ def check(cfg: Config) -> str:
             except UserError as error:
                 problems.append(f"data.{which}: {error}")
     if not problems:
-        for look in (_staging, require_same_classes):
+        for look in (_staging, _offload, require_same_classes):
             try:
                 lines += look(cfg) or []
             except UserError as error:

@@ -171,7 +171,31 @@ def test_on_and_off_are_words_where_words_are_meant(base: Path, tmp_path: Path, 
         ("engine.checkpoint_layers=every", ["engine.checkpoint_layers = 'every'", "none, full, selective"]),
         ("engine.name=deepspeed", ["engine.zero_stage = None", "1, 2 or 3"]),
         ("engine={name: deepspeed, zero_stage: 0}", ["engine.zero_stage = 0", "engine.name=ddp"]),
-        ("engine={name: deepspeed, zero_stage: 2, precision: fp16}", ["engine.precision = fp16", "bf16"]),
+        (
+            "engine={name: deepspeed, zero_stage: 1, offload: cpu}",
+            ["engine.offload = cpu", "zero_stage=2 or 3 (not 1)"],
+        ),
+        (
+            "engine={name: deepspeed, zero_stage: 2, offload: nvme, offload_dir: /d}",
+            ["engine.offload = nvme", "zero_stage=3 (not 2)"],
+        ),
+        (
+            "engine={name: deepspeed, zero_stage: 3, offload: nvme}",
+            ["engine.offload_dir = None", "a folder on a fast disk"],
+        ),
+        (
+            "engine={name: deepspeed, zero_stage: 3, offload: cpu, offload_dir: /d}",
+            ["engine.offload_dir = /d", "(not cpu)"],
+        ),
+        (
+            "engine={name: deepspeed, zero_stage: 3, offload_params: true}",
+            ["engine.offload_params", "(not 3 with none)"],
+        ),
+        (
+            "engine={name: deepspeed, zero_stage: 2, offload: cpu, offload_params: true}",
+            ["engine.offload_params", "(not 2 with cpu)"],
+        ),
+        ("engine.offload=cpu", ["engine.offload:", "engine.name=deepspeed (not single)"]),
         ("engine.zero_stage=2", ["engine.zero_stage", "engine.name=deepspeed (not single)"]),
         ("engine.deepspeed.overlap_comm=false", ["engine.deepspeed", "engine.name=deepspeed (not single)"]),
         ("engine.checkpoint_layers=0", ["engine.checkpoint_layers = 0", "at least 1"]),
