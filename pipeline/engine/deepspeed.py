@@ -237,6 +237,9 @@ class DeepSpeedEngine:
             self.loss_scale.update(skipped)
         if applied and self.averages:
             self._move_averages(1 - momentum)
+        if not applied and self.stage == 2 and self.cfg.engine.offload != "none":
+            # DeepSpeed (0.19.8) forgets to: what is not finite would be summed up with every later step's gradients.
+            self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
         norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         return StepReport(norm.reshape(()), skipped, culprit)
 
