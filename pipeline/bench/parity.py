@@ -66,8 +66,9 @@ ROUNDED: Final = Bars(2e-2, 2e-2, 0.2, 0.2)
 EARLY: Final = 2
 EARLY_ZERO: Final = 1
 # How much it grows is the method's own affair: PCAE's teacher chooses tokens, and chooses others. So copies of a bf16
-# reference whose first weights are moved by the least that fp32 knows say how far apart equal engines may come. The next
-# copy is the farthest of all with a chance of one in five, hence the factor.
+# reference whose first weights are moved by the least that fp32 knows say how far apart equal engines may come. (Of 32 of
+# PCAE's on two processes 6 were past 2e-2 in the loss after 20 steps.) The next one is farther than four others with a
+# chance of one in five, hence the factor: with it none of these 32 was too far in loss or norm, whichever the four were.
 SHAKES: Final = 4
 FACTOR: Final = 2.0
 # A reference that moves by more is none: twice of it would let a fault pass (a gradient divided twice halves the norm).
