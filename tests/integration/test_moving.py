@@ -1,7 +1,7 @@
 """A checkpoint moves between engines and numbers of processes: every tensor bit for bit, and the losses go on."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import checkpoint, order
-from pipeline.bench.parity import CLIP, ENGINES, LR, MOMENTUM, Case, whole
+from pipeline.bench.parity import CLIP, EARLY_ZERO, ENGINES, EXACT, LR, MOMENTUM, ROUNDED, Case, reference, whole
 from pipeline.engine import build_engine
 from pipeline.launch import Portion, World
 from pipeline.runs import open_images
@@ -24,13 +24,14 @@ pytestmark = pytest.mark.timeout(900)  # starting processes on a busy machine ta
 
 CYCLE = ("single", "ddp2", "zero1-2", "fsdp2-4", "zero3-2", "hsdp2x2", "single")
 LONG = (*CYCLE[:-1], "zero2-3", "zero3-4", "fsdp2-2", "ddp4", "zero3-2", "single")
+HALF = ("fsdp2-2", "zero3-2", "zero2-2")  # in bf16; equally many processes, whose bits the reference has too
 BATCH = 12  # three ranks share it too
 STEPS = 5  # of each engine in its turn
 
 
-def train_on(world: World, method: str, engine_name: str, first: int, former: Path | None, out: Path) -> None:
+def train_on(world: World, case: Case, first: int, former: Path | None, out: Path) -> None:
     """Take over a checkpoint, train some steps and write another; the main rank also writes what it found and saw."""
-    cfg = Case(method, engine_name).config(BATCH)
+    cfg = case.config(BATCH)
     engine, loader = build_engine(cfg, torch.device("cpu")), open_images(cfg, "train", augment=True)
     if former is not None:
         tensors = engine.state()
@@ -59,12 +60,12 @@ def _work(rank: int, size: int, *args: Any) -> None:
     dist.destroy_process_group()
 
 
-def hop(method: str, engine: str, first: int, former: Path | None, out: Path) -> Path:
-    size = ENGINES[engine][0]
+def hop(case: Case, first: int, former: Path | None, out: Path) -> Path:
+    size = ENGINES[case.engine][0]
     if size == 1:
-        train_on(World(), method, engine, first, former, out)
+        train_on(World(), case, first, former, out)
     else:
-        mp.start_processes(_work, (size, method, engine, first, former, out), size, start_method="spawn")
+        mp.start_processes(_work, (size, case, first, former, out), size, start_method="spawn")
     return out / checkpoint.name_of(first + STEPS)
 
 
@@ -82,20 +83,25 @@ def stored(path: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(
     scope="module",
-    params=[("pcae", CYCLE), *(pytest.param((method, LONG), marks=pytest.mark.slow) for method in ("pcae", "randsac"))],
-    ids=lambda param: f"{param[0]}-{len(param[1])}",
+    params=[
+        ("pcae", "fp32", CYCLE),
+        ("pcae", "bf16", HALF),
+        *(pytest.param((method, "fp32", LONG), marks=pytest.mark.slow) for method in ("pcae", "randsac")),
+    ],
+    ids=lambda param: f"{param[0]}-{param[1]}-{len(param[2])}",
 )
-def cycle(request, tmp_path_factory) -> Iterator[tuple[str, Sequence[str], list[Path]]]:
-    """A method, the engines that its run goes round, and the checkpoint of each."""
-    (method, engines), folder, former, found = request.param, tmp_path_factory.mktemp("cycle"), None, []
-    for turn, engine in enumerate(engines):
-        former = hop(method, engine, turn * STEPS, former, folder / f"{method}_{turn}")
+def cycle(request, tmp_path_factory) -> Iterator[tuple[list[Case], list[Path]]]:
+    """What a run goes round of, and the checkpoint of each."""
+    (method, precision, engines), folder, former, found = request.param, tmp_path_factory.mktemp("cycle"), None, []
+    cases = [Case(method, engine, precision) for engine in engines]
+    for turn, case in enumerate(cases):
+        former = hop(case, turn * STEPS, former, folder / f"{method}_{turn}")
         found.append(former)
-    yield method, engines, found
+    yield cases, found
 
 
 def test_each_engine_takes_over_every_tensor_bit_for_bit(cycle):
-    _, _, path = cycle
+    _, path = cycle
     for former, later in zip(path, path[1:], strict=False):
         expected = stored(former)
         found = load_file(f"{later.parent}.start.safetensors")
@@ -104,17 +110,28 @@ def test_each_engine_takes_over_every_tensor_bit_for_bit(cycle):
         assert all(torch.equal(found[name], expected[name]) for name in found), later
 
 
-def test_the_losses_go_on_as_on_a_single_process(cycle, tmp_path):
-    method, engines, path = cycle
+def test_the_losses_go_on_as_those_of_the_reference(cycle, tmp_path):
+    cases, path = cycle
     for turn, (former, later) in enumerate(zip(path, path[1:], strict=False), 1):
-        alone = hop(method, "single", turn * STEPS, former, tmp_path / f"{method}_{turn}")
-        np.testing.assert_allclose(losses_of(later), losses_of(alone), rtol=1e-6, err_msg=engines[turn])
+        case = cases[turn]
+        by = hop(reference(case), turn * STEPS, former, tmp_path / f"{case.method}_{turn}")
+        require_equal_losses(case, losses_of(later), losses_of(by))
+
+
+def require_equal_losses(case: Case, found: list[float], expected: list[float]) -> None:
+    # PCAE's loss is 1 - cos. A cosine in [0.5, 1) is a multiple of this: what remains of it is known no better.
+    unit = float(np.finfo(np.float32).epsneg) if case.method == "pcae" else 0.0
+    if case.precision == "fp32":
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=unit, err_msg=case.name)
+        return
+    np.testing.assert_allclose(found[:EARLY_ZERO], expected[:EARLY_ZERO], rtol=EXACT.loss, err_msg=case.name)
+    np.testing.assert_allclose(found, expected, rtol=ROUNDED.loss, err_msg=case.name)
 
 
 def test_no_sample_comes_twice_in_an_epoch(cycle):
-    method, engines, path = cycle
-    cfg = Case(method, "single").config(BATCH)
+    cases, path = cycle
+    cfg = cases[0].config(BATCH)
     seen = [i for where in path for i in json.loads(Path(f"{where.parent}.json").read_text())["seen"]]
-    assert len(set(seen)) == len(seen) == len(engines) * STEPS * cfg.train.global_batch
+    assert len(set(seen)) == len(seen) == len(cases) * STEPS * cfg.train.global_batch
     expected = order.epoch_permutation(cfg.train.seed, 0, cfg.data.num_samples)[: len(seen)]
     assert sorted(seen) == sorted(expected.tolist())

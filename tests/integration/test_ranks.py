@@ -156,7 +156,8 @@ def test_a_full_disk_and_a_rank_that_is_killed_in_a_save_lose_nothing(undisturbe
     assert said.count("step-00000008 could not be written: rank ") == said.count("step-00000012 could not") == 1
     assert "No space left on device" in said and "Traceback" not in said
     assert os.listdir(small_disk) == ["step-00000004"]
-    assert [row[0] for row in curve(run)] == list(range(1, 25))
+    alone = curve(run)
+    assert [row[0] for row in alone] == list(range(1, 25))
 
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     process = start(run, *more)
@@ -170,6 +171,7 @@ def test_a_full_disk_and_a_rank_that_is_killed_in_a_save_lose_nothing(undisturbe
     process = start(run, *more)
     assert process.wait() == 0, process.stderr.read()
     assert sorted(os.listdir(small_disk)) == ["step-00000020", "step-00000024"]
+    assert curve(run) == alone
     for found, expected in zip(curve(run), undisturbed, strict=True):
         assert found == pytest.approx(expected, rel=2e-6)
 
@@ -182,17 +184,19 @@ def test_the_ranks_die_with_the_process_that_started_them(tmp_path):
     assert not psutil.wait_procs(ranks, timeout=20)[1]
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> Path:
-    """A run of two ranks that was killed after its checkpoints of the steps 4 and 8."""
-    run = tmp_path_factory.mktemp("killed") / "run"
-    process = start(run, "engine.name=fsdp2", "--nproc", "2")
-    while not (run / "checkpoints" / "step-00000008").exists():
+@pytest.fixture(scope="module", params=["engine.name=fsdp2", *ZERO])
+def killed(request, tmp_path_factory) -> tuple[list[str], list[tuple[float, ...]], Path]:
+    """How two ranks start, what they log undisturbed, and a run of them that was killed after its save in step 8."""
+    folder, more = tmp_path_factory.mktemp("killed"), [*request.param.split(), "--nproc", "2"]
+    process = start(folder / "alone", *more)
+    assert process.wait() == 0, process.stderr.read()
+    process = start(folder / "run", *more)
+    while not (folder / "run" / "checkpoints" / "step-00000008").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.kill()
     process.wait()
-    return run
+    return more, curve(folder / "alone"), folder / "run"
 
 
 def overwrite(path: Path, position: int) -> None:
@@ -219,18 +223,19 @@ def older(newest: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["engine.name=fsdp2", *ZERO])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(killed, undisturbed, tmp_path, damage, engine):
-    run = Path(shutil.copytree(killed, tmp_path / "run"))
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(killed, undisturbed, tmp_path, damage):
+    more, alone, folder = killed
+    run = Path(shutil.copytree(folder, tmp_path / "run"))
     newest = max((run / "checkpoints").glob("step-*"))
     DAMAGES[damage](newest)
-    process = start(run, *engine.split(), "--nproc", "2")
+    process = start(run, *more)
     assert process.wait(timeout=240) == 0, process.stderr.read()
     said = process.stderr.read()
     assert said.count(f"{newest} is broken") == 1
     assert f"resume pcae vit_p: step {older(newest).name.removeprefix('step-').lstrip('0')} of 24" in said
-    for found, expected in zip(curve(run), undisturbed, strict=True):
+    assert curve(run) == alone
+    for found, expected in zip(alone, undisturbed, strict=True):
         assert found == pytest.approx(expected, rel=2e-6)
 
 
