@@ -60,7 +60,7 @@ class DeepSpeedEngine:
         self.compute = COMPUTE[cfg.engine.precision]
         self.loss_scale = LossScale(device) if self.compute == torch.float16 else None
         if cfg.engine.offload == "nvme":
-            prepare_nvme(cfg, self.rank, self.deepspeed.ops.op_builder.AsyncIOBuilder())
+            prepare_nvme(cfg, self.deepspeed.ops.op_builder.AsyncIOBuilder())
         self.mesh = init_device_mesh(device.type, (self.size,))
         self.config = deepspeed_config(cfg, self.size)
         first = self._first_weights()

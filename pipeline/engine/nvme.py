@@ -8,30 +8,36 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pipeline.config import Config, UserError
+from pipeline.memory import FP32, parameters
 from pipeline.zero_config import swap_folder
 
 log = logging.getLogger("patchmill")
 
 
-def prepare_nvme(cfg: Config, rank: int, builder: Any) -> None:
+def prepare_nvme(cfg: Config, builder: Any) -> None:
     """Compile what DeepSpeed's ``builder`` builds, unless it is there; in the end this rank's files are removed.
 
-    Raises UserError where libaio or a compiler is missing, or the folder cannot be written.
+    All ranks call it. Raises UserError where libaio or a compiler is missing, or the folder cannot take the files.
     """
-    folder = swap_folder(cfg)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank{rank}").touch()
-    except OSError as error:
-        raise UserError(f"engine.offload_dir = {cfg.engine.offload_dir}: cannot be written: {error.strerror}") from None
+    rank, folder = dist.get_rank(), swap_folder(cfg)
+    trained = sum(parameter.size for parameter in parameters(cfg) if parameter.trained)
+    needed = 4 * FP32 * trained // dist.get_world_size()  # weights, two moments, gradients
+    problem = _reserve(folder / f"rank{rank}", needed)
+    failed = torch.tensor(float(problem is not None))
+    dist.all_reduce(failed, dist.ReduceOp.MAX)  # by now all ranks of a host have theirs
     atexit.register(_remove, folder, rank)
+    if failed:
+        raise UserError(f"engine.offload_dir = {cfg.engine.offload_dir}: {needed / 2**30:.3f} GiB for this rank cannot be written: "
+                        f"{problem or 'another rank says why'}; set it to another folder")  # fmt: skip
+    (folder / f"rank{rank}").write_bytes(b"")
     if shutil.which("g++") is None or not builder.is_compatible():
         raise UserError("engine.offload = nvme: needs g++ and libaio with its headers to compile DeepSpeed's extension for it; "
                         "install them (apt: g++ libaio-dev; conda: cxx-compiler libaio), or set engine.offload=cpu")  # fmt: skip
@@ -40,6 +46,17 @@ def prepare_nvme(cfg: Config, rank: int, builder: Any) -> None:
     with _compiling() as kept:
         builder.load(verbose=False)
     log.info("engine.offload = nvme: the extension was there after %.0f s, kept in %s", time.monotonic() - start, kept)
+
+
+def _reserve(path: Path, size: int) -> str | None:
+    """What keeps a file of this size from being made. DeepSpeed would not see it: it writes on, and aborts when it reads."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 @contextmanager
@@ -58,6 +75,7 @@ def _compiling() -> Iterator[Path]:
 def _remove(folder: Path, rank: int) -> None:
     """The rank's files, and the folder when it was the last; those of a killed process are written over by the next start."""
     shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True)
-    (folder / f"rank{rank}").unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / f"rank{rank}").unlink()
     if not list(folder.glob("rank*")):
         shutil.rmtree(folder, ignore_errors=True)

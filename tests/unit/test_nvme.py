@@ -1,0 +1,95 @@
+"""``engine.offload=nvme`` before DeepSpeed starts: what is missing is said, what a killed process left does no harm."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, UserError, load_config
+from pipeline.engine import nvme
+from pipeline.engine.torch import join_alone
+from pipeline.zero_config import deepspeed_config, swap_folder
+
+
+class Builder:
+    """Stands for DeepSpeed's: what it would compile takes minutes (tests/integration/test_zero.py has the real one)."""
+
+    def __init__(self, *, compatible: bool = True) -> None:
+        self.compatible, self.loads = compatible, 0
+
+    def is_compatible(self) -> bool:
+        return self.compatible
+
+    def load(self, *, verbose: bool) -> None:
+        assert not verbose
+        self.loads += 1
+
+
+@pytest.fixture
+def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kept"))
+    join_alone()
+    engine = f"{{name: deepspeed, zero_stage: 3, offload: nvme, offload_dir: {tmp_path / 'disk'}}}"
+    return load_config(
+        ["imagenet/mae_vit_b"], [f"run.dir={tmp_path / 'run'}", "data.train=x.beton", f"engine={engine}"]
+    )
+
+
+def test_a_runs_files_have_a_folder_of_their_own(cfg: Config, tmp_path: Path) -> None:
+    other = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": str(tmp_path / "other")})})
+    assert swap_folder(cfg).parent == swap_folder(other).parent == tmp_path / "disk"
+    assert swap_folder(cfg) != swap_folder(other)
+    optimizer = deepspeed_config(cfg, 1)["zero_optimization"]["offload_optimizer"]
+    assert optimizer == {"device": "nvme", "nvme_path": str(swap_folder(cfg))}
+
+
+def test_the_extension_is_compiled_behind_a_lock_that_a_killed_process_does_not_keep(
+    cfg: Config, tmp_path: Path
+) -> None:
+    left = tmp_path / "kept" / "async_io" / "lock"
+    left.parent.mkdir(parents=True)
+    left.touch()  # torch would wait for its owner for ever
+    builder = Builder()
+    nvme.prepare_nvme(cfg, builder)
+    assert builder.loads == 1 and not left.exists()
+    assert (swap_folder(cfg) / "rank0").stat().st_size == 0, "the room is for DeepSpeed"
+
+
+def test_the_last_rank_of_a_host_removes_the_folder(cfg: Config) -> None:
+    nvme.prepare_nvme(cfg, Builder())
+    folder = swap_folder(cfg)
+    (folder / "rank1").touch()
+    swapped = folder / "zero_stage_3" / "optimizer" / "rank0"
+    swapped.mkdir(parents=True)
+    nvme._remove(folder, 0)
+    assert not swapped.exists() and folder.exists()
+    nvme._remove(folder, 1)
+    assert not folder.exists()
+
+
+def test_what_is_missing_is_named(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UserError, match=r"engine\.offload = nvme: needs g\+\+ and libaio.*libaio-dev.*engine\.offload=cpu"
+    ):
+        nvme.prepare_nvme(cfg, Builder(compatible=False))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"needs g\+\+"):
+        nvme.prepare_nvme(cfg, Builder())
+
+
+def test_a_disk_that_cannot_take_the_files_is_found_at_the_start(cfg: Config, tmp_path: Path, monkeypatch) -> None:
+    def full(number: int, start: int, size: int) -> None:
+        assert (start, size) == (0, 16 * sum(p.size for p in nvme.parameters(cfg) if p.trained))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    builder = Builder()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError, match=r"engine\.offload_dir = .*disk: 1\.6\d\d GiB .* No space left on device"):
+            nvme.prepare_nvme(cfg, builder)
+    (tmp_path / "file").touch()
+    wrong = cfg.model_copy(update={"engine": cfg.engine.model_copy(update={"offload_dir": str(tmp_path / "file")})})
+    with pytest.raises(UserError, match=r"file: .* cannot be written: Not a directory"):
+        nvme.prepare_nvme(wrong, builder)
+    assert builder.loads == 0
