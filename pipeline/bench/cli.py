@@ -125,6 +125,9 @@ def engines(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Also the ten dearest kernels of the single engine's step.")
     ] = False,
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="DeepSpeed's stages in place of torch's engines.")
+    ] = False,
     out: Out = None,
 ) -> None:
     """Time and peak memory of a training step of each engine in one process beside a bare PyTorch loop, interleaved.
@@ -140,7 +143,14 @@ def engines(
         "run",
         out,
         lambda progress: run(
-            method, model, batch=batch, precision=precision, rounds=rounds, kernels=kernels, progress=progress
+            method,
+            model,
+            batch=batch,
+            precision=precision,
+            rounds=rounds,
+            kernels=kernels,
+            deepspeed=deepspeed,
+            progress=progress,
         ),
         statistic=FASTEST,
         device=device_name(),

@@ -30,7 +30,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from pipeline.bench.interleaved import Contestant, Figures, Progress, measure
 from pipeline.bench.methods import random_images
 from pipeline.config import Config, UserError, load_config
-from pipeline.engine.torch import TorchEngine, join_alone
+from pipeline.engine import build_engine
+from pipeline.engine.torch import join_alone
 from pipeline.keys import sample_key
 from pipeline.methods import build_method
 from pipeline.methods.common import Draw
@@ -48,8 +49,12 @@ ENGINES: Final[dict[str, dict[str, Any]]] = {
     "single, selective": {"name": "single", "checkpoint_layers": "selective"},
     "single, full": {"name": "single", "checkpoint_layers": "full"},
 }
-GOAL: Final = 1.02
-WITH_GOAL: Final = ("single", "ddp", "fsdp2")
+ZERO: Final[dict[str, dict[str, Any]]] = {
+    "single": {"name": "single"},
+    **{f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)},
+    "zero2, offload": {"name": "deepspeed", "zero_stage": 2, "offload": "cpu"},
+}
+GOALS: Final = dict.fromkeys(("single", "ddp", "fsdp2"), 1.02) | dict.fromkeys(("zero1", "zero2", "zero3"), 1.05)
 IMAGENET: Final = ("vit_b", "vit_l", "vit_h")  # encoders with a recipe for every method
 WARM_UP: Final = 4  # steps: compilation is in the first
 STEPS: Final = {"cuda": 20, "cpu": 5}  # of a contestant's turn
@@ -190,7 +195,7 @@ def bare_step(cfg: Config, images: Tensor, draw: Draw, wrap: Callable[[nn.Module
 
 def engine_step(cfg: Config, images: Tensor, draw: Draw) -> Step:
     """A step of our engine, as the trainer makes it."""
-    engine = TorchEngine(cfg, images.device)
+    engine = build_engine(cfg, images.device)
 
     def step() -> Tensor:
         logs = engine.micro_step(images, draw, 1, True)
@@ -200,8 +205,8 @@ def engine_step(cfg: Config, images: Tensor, draw: Draw) -> Step:
     return step
 
 
-def builders(cfg: Config, device: torch.device) -> dict[str, Callable[[], Step]]:
-    """Every contestant by name, not yet built."""
+def builders(cfg: Config, device: torch.device, *, deepspeed: bool = False) -> dict[str, Callable[[], Step]]:
+    """Every contestant by name, not yet built: torch's engines, or with ``deepspeed`` the stages of ZeRO."""
     batch = cfg.train.global_batch
     images = random_images(batch, cfg.data.image_size).to(device)
     # Made on the CPU, as in training: what is computed of it there goes with it.
@@ -215,7 +220,8 @@ def builders(cfg: Config, device: torch.device) -> dict[str, Callable[[], Step]]
         BARE: lambda: bare_step(cfg, images, draw, lambda module: module),
         TORCH_DDP: lambda: bare_step(cfg, images, draw, DistributedDataParallel),
     }
-    return found | {name: lambda settings=settings: ours(settings) for name, settings in ENGINES.items()}
+    own = ZERO if deepspeed else ENGINES
+    return found | {name: lambda settings=settings: ours(settings) for name, settings in own.items()}
 
 
 @dataclass
@@ -289,7 +295,7 @@ def compare(figures: Figures, meter: Meter, held: Held) -> list[Row]:
     cuda = held.device.type == "cuda"
     return [
         Row(name, 1e3 * seconds, 1e3 * median(meter.samples[name]), a_over_a, seconds / bare,
-            GOAL if cuda and name in WITH_GOAL else None, held.peaks[name], recompiles if name == COMPILED else None)
+            GOALS.get(name) if cuda else None, held.peaks[name], recompiles if name == COMPILED else None)
         for name, (seconds, a_over_a) in figures.items()
     ]  # fmt: skip
 
@@ -319,12 +325,12 @@ def device_name() -> str:
 
 def run(
     method: str = "pcae", model: str = "vit_l", *, batch: int = 32, precision: str = "bf16", rounds: int = 8,
-    kernels: bool = False, progress: Progress | None = None,
+    kernels: bool = False, deepspeed: bool = False, progress: Progress | None = None,
 ) -> list[Any]:  # fmt: skip
     """A ``Row`` for every contestant; with ``kernels`` also a ``KernelRow`` for the dearest ones of the single engine.
 
-    ``rounds`` is at least 8. Raises UserError when no recipe has these settings, when the device's memory does not hold
-    all contestants, or when the machine is too restless to tell.
+    ``rounds`` is at least 8; ``deepspeed``: see ``builders``. Raises UserError when no recipe has these settings, when the
+    device's memory does not hold all contestants, or when the machine is too restless to tell.
     """
     device = this_device()
     cfg = config(method, model, batch, precision)
@@ -333,7 +339,7 @@ def run(
         held, meter = Held(device), Meter(device)
 
         def build() -> dict[str, Contestant]:
-            for name, builder in builders(cfg, device).items():
+            for name, builder in builders(cfg, device, deepspeed=deepspeed).items():
                 held.take(name, builder)
             return {name: lambda number, name=name: meter.run(name, held.steps[name], number) for name in held.steps}
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from pipeline.config import UserError
 
-PACKAGES: Final = ("torch", "torchvision", "timm", "ffcv", "opencv-python", "pillow")
+PACKAGES: Final = ("torch", "deepspeed", "torchvision", "timm", "ffcv", "opencv-python", "pillow")
 
 
 def check_out(path: Path | None) -> None:

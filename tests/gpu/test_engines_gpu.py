@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline import checkpoint
 from pipeline.bench import engines, interleaved
 from pipeline.config import Config, RunFailed
+from pipeline.engine.deepspeed import DeepSpeedEngine
 from pipeline.engine.torch import TorchEngine
 from pipeline.launch import World
 from pipeline.profiling import Profiler
@@ -96,6 +97,68 @@ def test_a_step_never_waits_for_the_device(method, name, precision, tiny_config)
         engine.step(1e-3, 1.0, 0.9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# DeepSpeed
+
+
+def zero(method: str, tiny_config, stage: int, precision: str = "fp32", **settings) -> DeepSpeedEngine:
+    engine = {"name": "deepspeed", "zero_stage": stage, "precision": precision, **settings}
+    return DeepSpeedEngine(tiny_config(method, **{f"engine__{key}": value for key, value in engine.items()}), DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("precision", "bar", "late"), [("fp32", 1e-5, 1e-5), ("bf16", 1e-3, 2e-2), ("fp16", 1e-3, 2e-2)]
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@methods
+def test_every_stage_of_zero_gives_the_loss_of_single(method, stage, precision, bar, late, tiny_config, deterministic):
+    expected = train(TorchEngine(tiny_config(method, engine__precision=precision), DEVICE))
+    found = train(zero(method, tiny_config, stage, precision))
+    # Roundings grow apart: PCAE's teacher may then choose other tokens.
+    assert found[:2] == pytest.approx(expected[:2], rel=bar) and found == pytest.approx(expected, rel=late)
+
+
+@pytest.mark.parametrize(("stage", "params"), [(2, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("precision", "bar"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_offload_gives_the_loss_of_what_is_not(stage, params, precision, bar, tiny_config, deterministic):
+    engine = zero("pcae", tiny_config, stage, precision, offload="cpu", offload_params=params)
+    assert {flat.device.type for flat in [*engine.layout.masters, *engine.averages]} == {"cpu"}
+    assert train(engine) == pytest.approx(train(zero("pcae", tiny_config, stage, precision)), rel=bar)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("stage", "offload"), [(1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")])
+def test_a_step_of_zero_that_is_not_finite_changes_no_weight(stage, offload, precision, tiny_config):
+    engine = zero("pcae", tiny_config, stage, precision, offload=offload)
+    train(engine, 1)
+    before = {name: local(value) for name, value in engine.state().items() if "loss_scale" not in name}
+    spoil = lambda _, gradients, __: tuple(None if g is None else g * float("nan") for g in gradients)  # noqa: E731
+    hook = engine.method.decoder.blocks[0].mlp.fc2.register_full_backward_hook(spoil)
+    engine.micro_step(images(), engine.method.draw(torch.arange(BATCH)), 1, True)
+    report = engine.step(1e-3, 1.0, 0.9)
+    hook.remove()
+    assert float(report.skipped) == 1 and engine.trained_names[int(report.culprit)].startswith("decoder.blocks.0.mlp")
+    after = engine.state()
+    assert [name for name, value in before.items() if not torch.equal(value, local(after[name]))] == []
+    assert all(torch.isfinite(torch.tensor(train(engine, 2, first=1))))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_state_of_zero_is_on_the_host_and_moves_to_single(stage, tmp_path, tiny_config):
+    engine = zero("pcae", tiny_config, stage)
+    train(engine, 2)
+    state = engine.state()
+    assert {local(value).device.type for value in state.values()} == {"cpu"}
+    path = checkpoint.save(tmp_path, 1, state, {})
+    single = TorchEngine(tiny_config("pcae"), DEVICE)
+    there = single.state()
+    checkpoint.load(path, there)
+    single.load(there)
+    again = zero("pcae", tiny_config, stage)
+    again.load(single.state())
+    assert [name for name, value in again.state().items() if not torch.equal(local(value), local(state[name]))] == []
+    assert train(single, 2, first=2) == pytest.approx(train(engine, 2, first=2), rel=1e-5)
 
 
 # Saving

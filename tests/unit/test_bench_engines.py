@@ -14,6 +14,7 @@ from pipeline.bench import engines, interleaved, report
 from pipeline.bench.cli import bench
 from pipeline.config import UserError
 from pipeline.engine import layers
+from pipeline.engine.torch import join_alone
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = [engines.BARE, engines.TORCH_DDP, *engines.ENGINES]
@@ -52,9 +53,11 @@ def test_every_contestant_trains_the_same(method, precision, monkeypatch):
     monkeypatch.setattr(engines, "MOMENTUM", 0.5)
     cfg = engines.config(method, "vit_p", 4, precision)
     losses = {}
+    join_alone()  # DeepSpeed keeps the first group that it sees
     with engines.group_of_one():
         build = engines.builders(cfg, CPU)
-        for name in (engines.BARE, engines.TORCH_DDP, *engines.WITH_GOAL):
+        build |= engines.builders(cfg, CPU, deepspeed=True)
+        for name in (engines.BARE, engines.TORCH_DDP, *engines.GOALS, "zero2, offload"):
             step = build[name]()
             losses[name] = [float(step()) for _ in range(4)]
     bare = losses[engines.BARE]
@@ -197,7 +200,7 @@ def test_the_verb_writes_both_kinds_of_rows_where_ffcv_is_not_installed(monkeypa
     assert result.exit_code == 0, result.output
     options = asked[0][1]
     assert asked[0][0] == ("mae", "vit_p") and options.pop("progress")
-    assert options == {"batch": 8, "precision": "fp32", "rounds": 8, "kernels": True}
+    assert options == {"batch": 8, "precision": "fp32", "rounds": 8, "kernels": True, "deepspeed": False}
     found = json.loads(out.read_text())
     assert [row["name"] for row in found["rows"]] == ["single", "gemm"]
     assert found["device"] == engines.device_name() and found["statistic"] == "fastest of the rounds"
