@@ -81,7 +81,7 @@ def _gradients(cfg: Config, zero: Zero, own: int) -> tuple[int, int]:
     host = FP32 * own if zero.offload else 0
     if compute_bytes(cfg) == FP32:
         return 0 if zero.offload else FP32 * _touched(cfg, zero.processes), host
-    return FP32 * own * (zero.processes if zero.stage == 1 else 1), host
+    return FP32 * own * (zero.processes if _own_optimizer(cfg, zero) else 1), host
 
 
 def zero_state(cfg: Config, zero: Zero) -> tuple[State, State]:

@@ -80,7 +80,7 @@ def zero_amounts(engine: DeepSpeedEngine) -> dict[str, int]:
     twins = [p.ds_tensor if three else p.data for p in engine.teacher.parameters()]
     if three:
         gradients = [zero.grad_partitions_flat_buffer]
-    elif engine.stage == 1:
+    elif hasattr(zero, "fp32_groups_gradients_flat"):
         gradients = zero.fp32_groups_gradients_flat
     else:
         gradients = [tensor for group in zero.averaged_gradients.values() for tensor in group]
