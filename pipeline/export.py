@@ -1,15 +1,18 @@
 """The encoder for other programs: safetensors under timm's parameter names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.runs import restore
-from pipeline.vit import encoder_kwargs
+from pipeline.vit import encoder_kwargs, timm
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,21 @@ class ExportReport:
                 f"  model.load_state_dict(safetensors.torch.load_file({str(self.path)!r}), strict=True)")  # fmt: skip
 
 
+def require_whole(tensors: Mapping[str, Tensor], name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises UserError unless these are the tensors of the model that ``timm.create_model(name, ...)`` builds, each whole.
+
+    Of weights that lie in parts a process may hold an empty stand-in under the right name: no such thing is ever written.
+    """
+    with torch.device("meta"):
+        expected = timm.create_model(name, **kwargs).state_dict()
+    for key in sorted(expected.keys() | tensors.keys()):
+        if key not in expected or key not in tensors:
+            raise UserError(f"{key}: is {'missing' if key in expected else 'no tensor of ' + name}; nothing is written")
+        found, shape = list(tensors[key].shape), list(expected[key].shape)
+        if found != shape:
+            raise UserError(f"{key}: has the shape {found} instead of {shape}; nothing is written")
+
+
 def export(run_dir: Path, out: Path, weights: str = "model") -> ExportReport:
     """Write the encoder of a run's newest checkpoint. Raises UserError as ``pipeline.runs.restore``, or for ``out``."""
     restored = restore(Path(run_dir).resolve(), weights)
@@ -40,6 +58,7 @@ def export(run_dir: Path, out: Path, weights: str = "model") -> ExportReport:
         "timm_model": cfg.shape.timm_name,
     }
     tensors = {name: value.contiguous() for name, value in encoder.state_dict().items()}
+    require_whole(tensors, cfg.shape.timm_name, kwargs)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out, metadata=metadata)

@@ -129,7 +129,7 @@ def restore(run_dir: Path, weights: str = "model") -> Restored:
     """The method of a run's newest whole checkpoint.
 
     ``weights``: model (the trained encoder), ema (the teacher's average in its place) or untrained (step 0).
-    Raises UserError when there is no checkpoint, or no average.
+    Raises UserError when there is no checkpoint, none that holds all of its tensors in their shapes, or no average.
     """
     cfg = read_config(run_dir)
     method = build_method(cfg)
@@ -145,7 +145,10 @@ def restore(run_dir: Path, weights: str = "model") -> Restored:
         tensors |= {f"ema.encoder.{n}": p.detach() for n, p in teacher.named_parameters() if own[n].requires_grad}
     elif weights == "ema":
         raise UserError(f"{run_dir}: {cfg.method.name} keeps no average of its weights; use the model's")
-    checkpoint.load(path, tensors)
+    try:
+        checkpoint.load(path, tensors)
+    except checkpoint.CheckpointError as error:
+        raise UserError(str(error)) from None
     if teacher is not None:
         with torch.no_grad():
             for name, parameter in teacher.named_parameters():

@@ -15,10 +15,10 @@ from torch import Tensor
 from pipeline import checkpoint
 from pipeline.config import Config, UserError
 from pipeline.engine.torch import TorchEngine
-from pipeline.export import export
+from pipeline.export import export, require_whole
 from pipeline.methods import build_method
 from pipeline.runs import restore
-from pipeline.vit import normalise
+from pipeline.vit import encoder_kwargs, normalise
 
 METHODS = ("randsac", "pcae", "mae")
 
@@ -139,6 +139,44 @@ def test_a_damaged_newest_checkpoint_gives_the_one_before(trained: dict[str, Any
     assert restore(folder).step == 9
     next(newest.glob("*.safetensors")).unlink()
     assert restore(folder).step == 2
+
+
+WEIGHT = "blocks.1.mlp.fc1.weight"
+BROKEN: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
+    "no rows": lambda value: {WEIGHT: value[:0]},
+    "an empty stand-in": lambda value: {WEIGHT: value.new_zeros(0)},
+    "the rows of one rank": lambda value: {WEIGHT: value[:192]},
+    "turned": lambda value: {WEIGHT: value.T.contiguous()},
+    "missing": lambda value: {},
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_weights_that_are_not_whole_are_refused_by_name(
+    how: str, tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    cfg, out = tiny_config("mae"), tmp_path / "x.safetensors"
+    method = build_method(cfg)
+    encoder = {name: value for name, value in method.encoder.state_dict().items() if name != WEIGHT}
+    encoder |= BROKEN[how](method.encoder.blocks[1].mlp.fc1.weight.detach())
+    named = {name: value.detach() for name, value in method.named_parameters() if not name.startswith("encoder.")}
+    named |= {f"encoder.{name}": value for name, value in encoder.items()}
+    run = write_run(tmp_path / "run", cfg, {f"model.{name}": value for name, value in named.items()})
+    with pytest.raises(UserError, match=f"does not fit this model.*{WEIGHT}"):  # as it comes from the checkpoint
+        export(run, out)
+    assert not out.exists()
+    kwargs = encoder_kwargs(cfg.shape, cfg.data.image_size, class_token=True)
+    with pytest.raises(UserError, match=rf"^{WEIGHT}: (is missing|has the shape .* instead of \[384, 96\])"):
+        require_whole(encoder, cfg.shape.timm_name, kwargs)  # and as it would be written
+
+
+def test_a_model_with_more_parameters_than_timms_is_refused(tiny_config: Callable[..., Config]) -> None:
+    cfg = tiny_config("mae")
+    kwargs = encoder_kwargs(cfg.shape, cfg.data.image_size, class_token=True)
+    encoder = build_method(cfg).encoder.state_dict()
+    require_whole(encoder, cfg.shape.timm_name, kwargs)
+    with pytest.raises(UserError, match=r"^blocks.4.norm.bias: is no tensor of vit_"):
+        require_whole(encoder | {"blocks.4.norm.bias": torch.zeros(96)}, cfg.shape.timm_name, kwargs)
 
 
 @pytest.mark.parametrize(("name", "size"), [("randsac", 192), ("mae", 224)])
