@@ -99,22 +99,34 @@ class Layout:
         All processes must call it.
         """
         shape, part, device = self.shapes[name], self.fragments[name], self.mesh.device_type
+        if (rows := self._rows(name)) is not None:
+            return [self._on_host(part.of(flats).view(rows), shape) for flats in sources]
         whole = torch.zeros(len(sources), shape.numel(), device=device)
         for row, flats in zip(whole, sources, strict=True):
             row[part.begin : part.begin + part.numel] = part.of(flats)
         dist.all_reduce(whole)
-        rows = (distribute_tensor(row.view(shape), self.mesh, [Shard(0)], src_data_rank=None) for row in whole)
-        return [self.to_host(row) for row in rows]
+        parts = (distribute_tensor(row.view(shape), self.mesh, [Shard(0)], src_data_rank=None) for row in whole)
+        return [self.to_host(own) for own in parts]
+
+    def _rows(self, name: str) -> tuple[int, ...] | None:
+        """The shape of this process's rows of a parameter where they are its part of it: then there is nothing to gather."""
+        shape, size = self.shapes[name], self.mesh.size()
+        return (shape[0] // size, *shape[1:]) if self.stage == 3 and shape[0] % size == 0 else None
 
     def to_host(self, value: DTensor) -> DTensor:
         """A copy on the host, laid out alike."""
-        rows = value.to_local().to("cpu", copy=True)
-        return DTensor.from_local(rows, self._host, value.placements, run_check=False, shape=value.shape,
-                                  stride=value.stride())  # fmt: skip
+        return self._on_host(value.to_local(), value.shape)
+
+    def _on_host(self, rows: Tensor, shape: torch.Size) -> DTensor:
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            rows.to("cpu", copy=True), self._host, [Shard(0)], run_check=False, shape=shape, stride=stride
+        )
 
     @torch.no_grad()
     def write(self, name: str, values: Sequence[DTensor], targets: Sequence[Sequence[Tensor]]) -> None:
         """The opposite of ``read``."""
-        part = self.fragments[name]
+        part, ready = self.fragments[name], self._rows(name) is not None
         for value, flats in zip(values, targets, strict=True):
-            part.of(flats).copy_(value.full_tensor().flatten()[part.begin : part.begin + part.numel])
+            own = value.to_local() if ready else value.full_tensor().flatten()[part.begin : part.begin + part.numel]
+            part.of(flats).copy_(own.flatten())
