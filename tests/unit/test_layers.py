@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Config, ConfigError
+from pipeline.engine import build_engine
 from pipeline.engine import layers as layers_module
 from pipeline.engine.torch import TorchEngine
 
@@ -29,7 +30,7 @@ def images() -> Tensor:
 
 def train(cfg: Config, images: Tensor, steps: int) -> tuple[list[float], list[int], dict[str, Tensor]]:
     """Losses, bytes that autograd kept in each step, and the weights after them; other masks in each step."""
-    engine, losses, kept = TorchEngine(cfg, torch.device("cpu")), [], []
+    engine, losses, kept = build_engine(cfg, torch.device("cpu")), [], []
     for step in range(steps):
         stored: dict[int, int] = {}
 
@@ -74,23 +75,33 @@ def test_selective_checkpointing_computes_no_matrix_product_again(tiny, images, 
     assert selective == none < some < full
 
 
-INDUCTOR = [pytest.param("inductor", "none", 1e-5, marks=pytest.mark.slow)]
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_checkpointing_changes_no_bit_under_zero(tiny, images, stage):
+    zero = partial(tiny, "pcae", engine__name="deepspeed", engine__zero_stage=stage)
+    losses, kept, weights = train(zero(), images, 3)
+    for which in ("full", "selective"):
+        found, memory, others = train(zero(engine__checkpoint_layers=which), images, 3)
+        assert found == losses and memory[0] < kept[0]
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-@pytest.mark.parametrize(
-    ("compiler", "checkpointing", "rel"),
-    [("aot_eager", "none", 1e-6), ("aot_eager", "full", 1e-6), ("aot_eager", "selective", 1e-6), *INDUCTOR],
-)
+INDUCTOR = [pytest.param("inductor", "none", 0, 1e-5, marks=pytest.mark.slow)]
+LAYERS = [("aot_eager", which, 0, 1e-6) for which in ("none", "full", "selective")]
+ZERO = [("aot_eager", which, stage, 1e-6) for which in ("none", "full") for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("compiler", "checkpointing", "stage", "rel"), [*LAYERS, *ZERO, *INDUCTOR])
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_layers_are_compiled_in_the_first_step_only_and_agree(
-    tiny, images, method, compiler, checkpointing, rel, monkeypatch
+    tiny, images, method, compiler, checkpointing, stage, rel, monkeypatch
 ):
     torch._dynamo.reset()
     losses, _, _ = train(tiny(method), images, 5)
     counter = CompileCounterWithBackend(compiler)
     monkeypatch.setattr(layers_module, "COMPILER", counter)
-    cfg = tiny(method, engine__compile=True, engine__checkpoint_layers=checkpointing)
-    engine, found, compiled = TorchEngine(cfg, torch.device("cpu")), [], []
+    zero = {"engine__name": "deepspeed", "engine__zero_stage": stage} if stage else {}
+    cfg = tiny(method, engine__compile=True, engine__checkpoint_layers=checkpointing, **zero)
+    engine, found, compiled = build_engine(cfg, torch.device("cpu")), [], []
     for step in range(5):
         logs = engine.micro_step(images, engine.method.draw(KEYS + 10 * step), 1, True)
         found.append(float(logs["loss"]))
