@@ -106,7 +106,7 @@ def _offload(cfg: Config) -> Iterator[str]:
     compiler = shutil.which("g++")
     if compiler is None or subprocess.run([compiler, "-E", "-xc++", "-"], input=b"#include <libaio.h>", capture_output=True,
                                           check=False).returncode:  # fmt: skip
-        raise UserError("engine.offload = nvme: needs g++ and libaio with its headers (apt: g++ libaio-dev; "
+        raise UserError("engine.offload = nvme: needs g++, libaio with its headers, for GPUs nvcc (apt: g++ libaio-dev; "
                         "conda: cxx-compiler libaio); install them, or set engine.offload=cpu")  # fmt: skip
     yield f"offload: files in {folder}, {shutil.disk_usage(above).free / 2**30:.0f} GiB free there"
 

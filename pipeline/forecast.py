@@ -192,7 +192,9 @@ class Forecast:
             num_micro = local_batch(self.cfg, self.machine) // step.micro_batch
         sent = offload_bytes(self.cfg, zero, num_micro)
         where = (
-            "on the host, or of it weights and moments in files" if self.cfg.engine.offload == "nvme" else "on the host"
+            "on the host, or of it weights and moments in files (whose time is not predicted)"
+            if self.cfg.engine.offload == "nvme"
+            else "on the host"
         )
         return [
             f"offload      predicted {held / GIB:.3f} GiB a process {where}; {sent / 1e9:.3f} GB a step there and back,",

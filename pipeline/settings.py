@@ -185,10 +185,14 @@ class OptimConfig(Section):
 class DeepSpeedConfig(Section):
     """What DeepSpeed moves at once, in numbers (not bytes); the defaults suit ViT-L."""
 
-    reduce_bucket_size: Positive = 50_000_000  # 4 of ViT-L's blocks: few collectives that still start early, 200 MB in fp32
+    reduce_bucket_size: Positive = (
+        50_000_000  # 4 of ViT-L's blocks: few collectives that still start early, 200 MB in fp32
+    )
     overlap_comm: bool = True  # a second bucket fills while the first is reduced
     prefetch_bucket_size: Positive = 30_000_000  # stage 3: 2 blocks ahead of the one that computes
-    max_live_parameters: Positive = 300_000_000  # stage 3: with as many gathered, the encoder of a ViT-L, nothing is fetched ahead
+    max_live_parameters: Positive = (
+        300_000_000  # stage 3: with as many gathered, the encoder of a ViT-L, nothing is fetched ahead
+    )
 
 
 class EngineConfig(Section):

@@ -1,5 +1,6 @@
 """Training: build in order, then the loop. The only module that sees everything."""
 
+import gc
 import logging
 import os
 import platform
@@ -285,11 +286,14 @@ class Trainer:
             raise RunFailed(f"{found}, and {limit} roll-backs (guard.max_rollbacks) have not helped; in the backward pass it began "
                             f"at {tensor}. Lower optim.base_lr, set optim.clip, or look at the data.")  # fmt: skip
         ranges = order.leave_out(self.skipped_ranges, found.first - 1, found.last)
-        scale = self.engine.state().get("loss_scale")
+        scale = self.engine.loss_scale
+        self.engine.close()
         del self.engine, self.buffer  # before there is a second one
+        gc.collect()
         self._take_up(before_streak=True)
-        if scale is not None:  # what has not overflowed at the end of the streak; else the same search begins again
-            self.engine.load(self.engine.state() | {"loss_scale": scale})
+        if scale is not None and self.engine.loss_scale is not None:
+            # What has not overflowed at the end of the streak; else the same search begins again.
+            self.engine.loss_scale.scale.copy_(scale.scale)
         self.skipped_ranges = ranges
         self.run_log.close()
         self._open_log()

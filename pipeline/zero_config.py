@@ -83,4 +83,5 @@ def deepspeed_config(cfg: Config, processes: int) -> dict[str, Any]:
         # Torch's AdamW updates what lies on the host too: DeepSpeed's would be compiled for two minutes first.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at each micro-batch
     }

@@ -126,7 +126,7 @@ def engines(
         bool, typer.Option("--kernels", help="Also the ten dearest kernels of the single engine's step.")
     ] = False,
     deepspeed: Annotated[
-        bool, typer.Option("--deepspeed", help="DeepSpeed's stages in place of torch's engines.")
+        bool, typer.Option("--deepspeed", help="The stages of ZeRO, and 2 with offload, beside single.")
     ] = False,
     out: Out = None,
 ) -> None:

@@ -101,6 +101,9 @@ class Layer:
 class StubEngine:
     """A ``pipeline.engine.Engine`` that computes as little as there is: what is left of a step is the loop's."""
 
+    state_is_copy = False
+    loss_scale = None
+
     def __init__(self, layer: Layer, monitors: int = MONITORS) -> None:
         """Logs the loss and ``monitors`` more numbers a step."""
         self._layer, self._zero = layer, torch.zeros(())
@@ -133,6 +136,9 @@ class StubEngine:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Nothing: no run of these goes on."""
+
+    def close(self) -> None:
+        """Nothing: it keeps nothing."""
 
     def full_params(self) -> dict[str, Tensor]:
         """The layer's weights."""

@@ -9,6 +9,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.methods.common import Draw, Method
+    from pipeline.optim import LossScale
 
 COMPUTE: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +37,7 @@ class Engine(Protocol):
     trained_names: list[str]
     ema: dict[str, Tensor]
     state_is_copy: bool
+    loss_scale: "LossScale | None"
 
     def micro_step(self, images: Tensor, draw: "Draw", num_micro: int, last: bool) -> dict[str, Tensor]:
         """Forward and backward of one of ``num_micro`` micro-batches; the loss is divided by ``num_micro`` here, once."""
@@ -51,6 +53,9 @@ class Engine(Protocol):
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over a state that ``state()`` had the shape of."""
+
+    def close(self) -> None:
+        """Let go of what would keep the memory when the engine is dropped."""
 
     def full_params(self) -> dict[str, Tensor]:
         """All parameters in fp32 on the CPU."""

@@ -32,16 +32,23 @@ from pipeline.optim import LossScale
 from pipeline.zero_config import deepspeed_config
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed without its greeting, and without the C++ extension that it would compile for a minute at the first start."""
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed for a kind of device, without its greeting, and without the C++ extension that it would compile for a minute.
+
+    The kind is for good: it is that of the first engine of this process.
+    """
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # it calls functions by their older names
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
     for name in ("deepspeed_shm_comm", "deepspeed_shm_comm_op"):
         deepspeed.ops.__compatible_ops__[name] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # a step that is skipped is reported by us
     return deepspeed
+
+
+def _to_host(value: Tensor) -> Tensor:
+    return value.to("cpu", copy=True)
 
 
 class DeepSpeedEngine:
@@ -51,9 +58,10 @@ class DeepSpeedEngine:
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         """Builds the method with its first weights, each process its part. Without a process group it makes one of 1."""
-        self.deepspeed = import_deepspeed()
+        self.deepspeed = import_deepspeed(device)
         join_alone()
-        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists, and asks nobody else
+        # It insists, and takes it for the device, which it is not where a process sees its own GPU only.
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
         self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.cfg, self.device, self.stage = cfg, device, cfg.engine.zero_stage
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -83,7 +91,7 @@ class DeepSpeedEngine:
         for name in self.layout.names(write=True):
             self.layout.write(name, [first[name]], [self.layout.masters])
         self._refresh_weights()
-        self.averages, self.teacher = list[Tensor](), None
+        self.averages, self.teacher, self.twins = list[Tensor](), None, dict[str, nn.Parameter]()
         if twin is not None:
             self._start_teacher()
 
@@ -240,6 +248,7 @@ class DeepSpeedEngine:
         if not applied and self.stage == 2 and self.cfg.engine.offload != "none":
             # DeepSpeed (0.19.8) forgets to: what is not finite would be summed up with every later step's gradients.
             self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
+        self._settle()
         norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         return StepReport(norm.reshape(()), skipped, culprit)
 
@@ -301,20 +310,23 @@ class DeepSpeedEngine:
         """See ``Engine.state``; on the host, one parameter gathered at a time. All processes must call it."""
         state: dict[str, Tensor] = {f"model.{name}": self.layout.to_host(value) for name, value in self.frozen.items()}
         if self.loss_scale is not None:
-            state |= {
-                "loss_scale": self.loss_scale.scale.clone(),
-                "loss_scale.good_steps": self.loss_scale.good_steps.clone(),
-            }
+            scale = self.loss_scale
+            state |= {"loss_scale": _to_host(scale.scale), "loss_scale.good_steps": _to_host(scale.good_steps)}
         for name in self.layout.names():
             kinds = self._kinds(name)
             values = self.layout.read(name, list(kinds.values()))
             state |= {f"{kind}.{name}": value for kind, value in zip(kinds, values, strict=True)}
-            state[f"step.{name}"] = self.layout.counts[0].clone()
+            state[f"step.{name}"] = _to_host(self.layout.counts[0])
         return state
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """See ``Engine.load``. Raises KeyError for a state of another method or model."""
+        own = {f"{kind}.{name}" for name in self.trained_names for kind in (*self._kinds(name), "step")}
+        own |= {f"model.{name}" for name in self.frozen}
+        own |= {"loss_scale", "loss_scale.good_steps"} if self.loss_scale is not None else set()
+        if own != state.keys():
+            raise KeyError(f"the state names other tensors: {sorted(own ^ state.keys())[:4]} ...")
         for name in self.layout.names(write=True):
             kinds = self._kinds(name)
             self.layout.write(name, [state[f"{kind}.{name}"] for kind in kinds], list(kinds.values()))
@@ -327,6 +339,21 @@ class DeepSpeedEngine:
             self.loss_scale.good_steps.copy_(state["loss_scale.good_steps"])
         self._refresh_weights()
         self._refresh_teacher()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Stage 3 gathers on a stream of its own, which does not wait for what has been written into the parts."""
+        if self.stage == 3 and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def close(self) -> None:
+        """See ``Engine.close``. DeepSpeed's caches keep modules, and parameters hold methods of their own: all are emptied."""
+        wrapped = [self.wrapped] + ([self.teacher] if self.stage == 3 and self.teacher is not None else [])
+        modules = [module for one in wrapped for module in one.modules()]
+        for one in wrapped:
+            one.destroy()
+        for thing in (*self.named.values(), *self.twins.values(), *modules):
+            vars(thing).clear()
 
     def full_params(self) -> dict[str, Tensor]:
         """See ``Engine.full_params``."""

@@ -2,6 +2,7 @@
 
 import atexit
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.cpp_extension import CUDA_HOME
 
 from pipeline.config import Config, UserError
 from pipeline.memory import FP32, parameters
@@ -28,6 +30,10 @@ def prepare_nvme(cfg: Config, builder: Any) -> None:
     All ranks call it. Raises UserError where libaio or a compiler is missing, or the folder cannot take the files.
     """
     rank, folder = dist.get_rank(), swap_folder(cfg)
+    for left in folder.glob("rank*"):  # of a process that was killed, or of a larger number of them
+        number = int(left.name.removeprefix("rank"))
+        if number == rank or number >= dist.get_world_size():
+            _remove(folder, number)
     trained = sum(parameter.size for parameter in parameters(cfg) if parameter.trained)
     needed = 4 * FP32 * trained // dist.get_world_size()  # weights, two moments, gradients
     problem = _reserve(folder / f"rank{rank}", needed)
@@ -38,9 +44,11 @@ def prepare_nvme(cfg: Config, builder: Any) -> None:
         raise UserError(f"engine.offload_dir = {cfg.engine.offload_dir}: {needed / 2**30:.3f} GiB for this rank cannot be written: "
                         f"{problem or 'another rank says why'}; set it to another folder")  # fmt: skip
     (folder / f"rank{rank}").write_bytes(b"")
-    if shutil.which("g++") is None or not builder.is_compatible():
-        raise UserError("engine.offload = nvme: needs g++ and libaio with its headers to compile DeepSpeed's extension for it; "
-                        "install them (apt: g++ libaio-dev; conda: cxx-compiler libaio), or set engine.offload=cpu")  # fmt: skip
+    toolkit = CUDA_HOME is not None or not torch.cuda.is_available()
+    if shutil.which("g++") is None or not toolkit or not builder.is_compatible():
+        raise UserError("engine.offload = nvme: needs g++, libaio with its headers and on a GPU's host the CUDA toolkit (nvcc, "
+                        "CUDA_HOME) to compile DeepSpeed's extension for it; install them (apt: g++ libaio-dev; "
+                        "conda: cxx-compiler libaio cuda-toolkit), or set engine.offload=cpu")  # fmt: skip
     log.info("engine.offload = nvme: the first start compiles DeepSpeed's extension for it, 1 to 4 minutes")
     start = time.monotonic()
     with _compiling() as kept:
@@ -62,18 +70,18 @@ def _reserve(path: Path, size: int) -> str | None:
 @contextmanager
 def _compiling() -> Iterator[Path]:
     """One process at a time. Torch's own lock is a file: one that a killed process left would be waited for for ever."""
-    name = f"python{sys.version_info[0]}.{sys.version_info[1]}-torch{torch.__version__}"
+    name = f"torch{torch.__version__}-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}"  # another environment's is rebuilt
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "patchmill" / name)))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "patchmill.lock").open("w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
-        for left in folder.glob("*/lock"):
-            left.unlink()
+        for extension in ("async_io", "pin_memory"):
+            (folder / extension / "lock").unlink(missing_ok=True)
         yield folder
 
 
 def _remove(folder: Path, rank: int) -> None:
-    """The rank's files, and the folder when it was the last; those of a killed process are written over by the next start."""
+    """The rank's files, and the folder when it was the last; those of a killed process are removed by the next start."""
     shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True)
     with suppress(OSError):
         (folder / f"rank{rank}").unlink()

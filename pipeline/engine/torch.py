@@ -224,6 +224,9 @@ class TorchEngine:
                 _local(own[name]).copy_(_local(value))
         self._refresh_teacher()
 
+    def close(self) -> None:
+        """See ``Engine.close``; nothing does."""
+
     def full_params(self) -> dict[str, Tensor]:
         """See ``Engine.full_params``."""
         return {n: _full(p.detach()).to("cpu", torch.float32, copy=True) for n, p in self.named.items()}

@@ -80,7 +80,11 @@ class Layout:
             yield
             return
         self.zero._optimizer_states_and_gradient_swap_in(group)
-        yield
+        try:
+            yield
+        except BaseException:
+            self.zero._release_swap_buffers(group)
+            raise
         if write:
             self.zero._optimizer_states_and_gradient_swap_out(group)
         else:

@@ -121,7 +121,7 @@ def test_each_process_of_zero_holds_its_part_within_two_percent(size, stage, tmp
 
 def _tiny_work(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    import_deepspeed()
+    import_deepspeed(torch.device("cpu"))
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # a CPU does compute in it, only slowly

@@ -1,6 +1,8 @@
 """ZeRO on two processes: the map of its flat buffers beside DeepSpeed's own accessors, skipped steps, offload, and fp16."""
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +60,7 @@ def step(engine: DeepSpeedEngine, number: int, *, poison: bool = False) -> Any:
     spoil = lambda _, gradients, __: tuple(None if g is None else g * float("nan") for g in gradients)  # noqa: E731
     hook = layer.register_full_backward_hook(spoil) if poison else None
     engine.micro_step(images, engine.method.draw(torch.arange(4) + 8 * number + 4 * dist.get_rank()), 1, True)
+    assert engine.loss_scale is None or engine.zero.loss_scale == float(engine.loss_scale.scale)
     if hook is not None:
         hook.remove()
     return engine.step(1e-3, 0.5, 0.9)
@@ -111,8 +114,24 @@ def examine(kind: Kind, disk: str) -> dict[str, Any]:
     seen["kept"] = [engine.state_is_copy, differing(whole(kept), before)]
     seen["goes_on"] = differing(whole(twin.state()), end)
     seen["scale"] = [float(state["loss_scale"]) for state in (before, end) if "loss_scale" in state]
+    seen["freed"] = freed(engine, twin)
     seen["linear"] = torch.nn.functional.linear is linear
     return seen
+
+
+def freed(*engines: DeepSpeedEngine) -> list[bool]:
+    """Whether an engine's buffers go with it, seen from outside: its caller still holds the engine itself."""
+    found = []
+    for engine in engines:
+        tensors = *engine.layout.masters, *engine.averages, *engine.named.values(), *engine.twins.values()
+        buffers = [weakref.ref(tensor) for tensor in tensors]
+        del tensors
+        engine.close()
+        engine.__dict__.clear()
+        gc.collect()
+        left = [tensor for buffer in buffers if (tensor := buffer()) is not None]
+        found.append(sum(tensor.numel() for tensor in left) == 0)  # empty shells may stay
+    return found
 
 
 def teacher_differs(engine: DeepSpeedEngine, state: dict[str, Tensor]) -> list[str]:
@@ -126,7 +145,7 @@ def teacher_differs(engine: DeepSpeedEngine, state: dict[str, Tensor]) -> list[s
 
 def _work(rank: int, folder: str, kinds: Sequence[Kind]) -> None:
     torch.set_num_threads(1)
-    import_deepspeed()
+    import_deepspeed(torch.device("cpu"))
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # a CPU does compute in it, only slowly
@@ -186,6 +205,11 @@ def test_another_engine_takes_the_state_over_and_goes_on_bit_for_bit(seen):
 def test_a_state_stays_as_it_was_when_training_goes_on(seen):
     for kind, ranks in seen.items():
         assert all(rank["kept"] == [True, []] for rank in ranks), kind
+
+
+def test_a_closed_engine_keeps_no_memory(seen):
+    for kind, ranks in seen.items():
+        assert all(rank["freed"] == [True, True] for rank in ranks), kind
 
 
 def test_torchs_linear_function_stays_torchs(seen):

@@ -42,6 +42,9 @@ def test_a_runs_files_have_a_folder_of_their_own(cfg: Config, tmp_path: Path) ->
     assert swap_folder(cfg) != swap_folder(other)
     optimizer = deepspeed_config(cfg, 1)["zero_optimization"]["offload_optimizer"]
     assert optimizer == {"device": "nvme", "nvme_path": str(swap_folder(cfg))}
+    assert "offload_param" not in deepspeed_config(cfg, 1)["zero_optimization"]
+    whole = cfg.model_copy(update={"engine": cfg.engine.model_copy(update={"offload_params": True})})
+    assert deepspeed_config(whole, 1)["zero_optimization"]["offload_param"] == {"device": "cpu"}
 
 
 def test_the_extension_is_compiled_behind_a_lock_that_a_killed_process_does_not_keep(
@@ -68,9 +71,19 @@ def test_the_last_rank_of_a_host_removes_the_folder(cfg: Config) -> None:
     assert not folder.exists()
 
 
+def test_what_a_killed_run_left_makes_room_for_the_next(cfg: Config) -> None:
+    """Its own files and those of ranks that are no more; not those of other ranks."""
+    swapped = swap_folder(cfg) / "zero_stage_3" / "optimizer"
+    for rank in (0, 1):
+        (swapped / f"rank{rank}").mkdir(parents=True)
+        (swap_folder(cfg) / f"rank{rank}").touch()
+    nvme.prepare_nvme(cfg, Builder())
+    assert list(swapped.glob("*")) == [] and (swap_folder(cfg) / "rank0").exists()
+
+
 def test_what_is_missing_is_named(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        UserError, match=r"engine\.offload = nvme: needs g\+\+ and libaio.*libaio-dev.*engine\.offload=cpu"
+        UserError, match=r"engine\.offload = nvme: needs g\+\+, libaio .*libaio-dev.*engine\.offload=cpu"
     ):
         nvme.prepare_nvme(cfg, Builder(compatible=False))
     monkeypatch.setenv("PATH", "")
