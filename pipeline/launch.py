@@ -30,7 +30,14 @@ Value = TypeVar("Value")
 PORTS: Final = range(20_000, 60_000)  # for srun: one by the job and step, so that jobs on one host do not meet
 PARENT: Final = "PATCHMILL_PARENT"
 GRACE_S: Final = 20.0  # for the others to notice that one has ended, and to say so
-LOCAL: Final = ("run.dir", "data.train", "data.val", "data.threads", "data.stage_in")  # may differ between hosts
+LOCAL: Final = (
+    "run.dir",
+    "data.train",
+    "data.val",
+    "data.threads",
+    "data.stage_in",
+    "engine.offload_dir",
+)  # may differ between hosts
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ def zero_problems(engine: EngineConfig) -> Iterator[str]:
         yield f"engine.offload = {offload}: is for engine.zero_stage=2 or 3 (not 1); leave it out"
     if offload == "nvme" and stage == 2:
         yield "engine.offload = nvme: is for engine.zero_stage=3 (not 2); set engine.offload=cpu"
-    if (offload == "nvme") != (engine.offload_dir is not None):
-        yield (f"engine.offload_dir = {engine.offload_dir}: goes with engine.offload=nvme (not {offload}): a folder on a fast "
-               "disk of each host")  # fmt: skip
+    if offload == "nvme" and not engine.offload_dir:
+        yield "engine.offload_dir: is required and not set: a folder on a fast disk of each host, for engine.offload=nvme"
+    if offload != "nvme" and engine.offload_dir is not None:
+        yield f"engine.offload_dir = {engine.offload_dir}: is for engine.offload=nvme (not {offload}); leave it out"
     if engine.offload_params and (stage != 3 or offload == "none"):
         yield ("engine.offload_params = True: is for engine.zero_stage=3 with engine.offload=cpu or nvme "
                f"(not {stage} with {offload}); leave it out")  # fmt: skip

@@ -140,6 +140,8 @@ class DeepSpeedEngine:
             )
         parts = [{name: self.named[name] for name in groups[kind]} for kind in sorted(groups)]
         self.layout = Layout(self.zero, self.stage, parts, self.shapes, self.mesh)
+        if self.cfg.engine.offload == "nvme":
+            self.layout.keep_gradients()
 
     @torch.no_grad()
     def _refresh_weights(self) -> None:

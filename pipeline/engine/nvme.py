@@ -35,7 +35,7 @@ def prepare_nvme(cfg: Config, builder: Any) -> None:
         if number == rank or number >= dist.get_world_size():
             _remove(folder, number)
     trained = sum(parameter.size for parameter in parameters(cfg) if parameter.trained)
-    needed = 4 * FP32 * trained // dist.get_world_size()  # weights, two moments, gradients
+    needed = 3 * FP32 * trained // dist.get_world_size()  # weights and two moments
     problem = _reserve(folder / f"rank{rank}", needed)
     failed = torch.tensor(float(problem is not None))
     dist.all_reduce(failed, dist.ReduceOp.MAX)  # by now all ranks of a host have theirs
@@ -49,7 +49,7 @@ def prepare_nvme(cfg: Config, builder: Any) -> None:
         raise UserError("engine.offload = nvme: needs g++, libaio with its headers and on a GPU's host the CUDA toolkit (nvcc, "
                         "CUDA_HOME) to compile DeepSpeed's extension for it; install them (apt: g++ libaio-dev; "
                         "conda: cxx-compiler libaio cuda-toolkit), or set engine.offload=cpu")  # fmt: skip
-    log.info("engine.offload = nvme: the first start compiles DeepSpeed's extension for it, 1 to 4 minutes")
+    log.info("engine.offload = nvme: the first start compiles DeepSpeed's extension for it, which takes minutes")
     start = time.monotonic()
     with _compiling() as kept:
         builder.load(verbose=False)

@@ -73,6 +73,22 @@ class Layout:
         there = place.hp_fragment_address
         return Fragment(group, there.start, place.lp_fragment_address.start, there.numel)
 
+    def keep_gradients(self) -> None:
+        """In memory, where the parts that they are summed up in lie anyway.
+
+        DeepSpeed (0.19.8) would take those of a MiB and more through files, and with parts that do not begin at a multiple of
+        a disk's blocks the optimizer would get others than were computed.
+        """
+        swapper = self.zero.optimizer_swapper
+        swap_out = swapper.swap_out_gradients
+
+        def keep(parameter: Tensor, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
+            for gradient in gradient_tensors:
+                gradient.swappable = False  # type: ignore[attr-defined]
+            swap_out(parameter=parameter, gradient_offsets=gradient_offsets, gradient_tensors=gradient_tensors)
+
+        swapper.swap_out_gradients = keep
+
     @contextmanager
     def resident(self, group: int, *, write: bool = False) -> Iterator[None]:
         """Inside, a group's buffers are in memory; if they come from files, ``write`` takes them back there."""

@@ -181,7 +181,7 @@ def test_on_and_off_are_words_where_words_are_meant(base: Path, tmp_path: Path, 
         ),
         (
             "engine={name: deepspeed, zero_stage: 3, offload: nvme}",
-            ["engine.offload_dir = None", "a folder on a fast disk"],
+            ["engine.offload_dir: is required", "a folder on a fast disk"],
         ),
         (
             "engine={name: deepspeed, zero_stage: 3, offload: cpu, offload_dir: /d}",

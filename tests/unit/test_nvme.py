@@ -93,13 +93,13 @@ def test_what_is_missing_is_named(cfg: Config, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_disk_that_cannot_take_the_files_is_found_at_the_start(cfg: Config, tmp_path: Path, monkeypatch) -> None:
     def full(number: int, start: int, size: int) -> None:
-        assert (start, size) == (0, 16 * sum(p.size for p in nvme.parameters(cfg) if p.trained))
+        assert (start, size) == (0, 12 * sum(p.size for p in nvme.parameters(cfg) if p.trained))
         raise OSError(errno.ENOSPC, "No space left on device")
 
     builder = Builder()
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(UserError, match=r"engine\.offload_dir = .*disk: 1\.6\d\d GiB .* No space left on device"):
+        with pytest.raises(UserError, match=r"engine\.offload_dir = .*disk: 1\.2\d\d GiB .* No space left on device"):
             nvme.prepare_nvme(cfg, builder)
     (tmp_path / "file").touch()
     wrong = cfg.model_copy(update={"engine": cfg.engine.model_copy(update={"offload_dir": str(tmp_path / "file")})})
