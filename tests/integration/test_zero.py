@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 KINDS = [Kind(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16")]
 ON_HOST = [Kind(2, "fp32", "cpu"), Kind(2, "bf16", "cpu"), Kind(3, "fp32", "cpu"), Kind(3, "bf16", "cpu", True)]
-# Of a smaller model all parts stay in memory; of this one some begin at places that are no multiple of a disk's blocks.
+# Of a smaller model all parts stay in memory; of this one some of more than a MiB begin at no multiple of a disk's blocks.
 LARGER = [Kind(3, "fp32", model="vit_t"), Kind(3, "bf16", model="vit_t")]
 ON_DISK = [LARGER[0]._replace(offload="nvme"), LARGER[1]._replace(offload="nvme", params=True)]
 
@@ -49,6 +49,8 @@ def make(kind: Kind, disk: str) -> DeepSpeedEngine:
     settings = Case("pcae", f"zero{kind.stage}-2", kind.precision).config().model_dump(mode="json")
     settings["engine"] |= {"offload": kind.offload, "offload_params": kind.params}
     settings["model"]["name"] = kind.model
+    if kind.model != "vit_p":
+        settings["method"] |= {"decoder_width": 576, "decoder_heads": 9}
     if kind.offload == "nvme":
         settings["engine"]["offload_dir"] = disk
     return DeepSpeedEngine(Config.model_validate(settings), CPU)
