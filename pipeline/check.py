@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Config, ConfigError, UserError, binding_differences, load_config
 from pipeline.estimate import flops_per_image
+from pipeline.memory import FP32, parameters
 from pipeline.order import Plan
 from pipeline.zero_config import deepspeed_config, swap_folder
 
@@ -108,7 +109,9 @@ def _offload(cfg: Config) -> Iterator[str]:
                                           check=False).returncode:  # fmt: skip
         raise UserError("engine.offload = nvme: needs g++, libaio with its headers, for GPUs nvcc (apt: g++ libaio-dev; "
                         "conda: cxx-compiler libaio); install them, or set engine.offload=cpu")  # fmt: skip
-    yield f"offload: files in {folder}, {shutil.disk_usage(above).free / 2**30:.0f} GiB free there"
+    needed = 3 * FP32 * sum(parameter.size for parameter in parameters(cfg) if parameter.trained)
+    yield (f"offload: files in {folder}: {needed / 2**30:.2f} GiB over all hosts, {shutil.disk_usage(above).free / 2**30:.2f} GiB "
+           "free here")  # fmt: skip
 
 
 def check(cfg: Config) -> str:

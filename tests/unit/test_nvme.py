@@ -2,11 +2,15 @@
 
 import errno
 import os
+import re
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config import Config, UserError, load_config
+from pipeline.check import check
+from pipeline.config import Config, ConfigError, UserError, load_config
 from pipeline.engine import nvme
 from pipeline.engine.torch import join_alone
 from pipeline.zero_config import deepspeed_config, swap_folder
@@ -69,6 +73,20 @@ def test_the_last_rank_of_a_host_removes_the_folder(cfg: Config) -> None:
     assert not swapped.exists() and folder.exists()
     nvme._remove(folder, 1)
     assert not folder.exists()
+
+
+def test_check_says_what_files_need_and_what_is_missing(cfg: Config, tmp_path: Path, monkeypatch) -> None:
+    here = cfg.model_copy(update={"data": cfg.data.model_copy(update={"loader": "synthetic", "num_samples": 4096})})
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=0))
+    assert re.search(
+        rf"offload: files in {tmp_path}/disk/\S+: 1\.2\d GiB over all hosts, \d+\.\d\d GiB free here", check(here)
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=1))
+    with pytest.raises(ConfigError, match=r"needs g\+\+, libaio with its headers"):
+        check(here)
+    (tmp_path / "disk").touch()
+    with pytest.raises(ConfigError, match=r"engine\.offload_dir = .*disk: .* cannot be written"):
+        check(here)
 
 
 def test_what_a_killed_run_left_makes_room_for_the_next(cfg: Config) -> None:
