@@ -1,5 +1,6 @@
 """The command line: verbs to functions, nothing else. Everything heavy is imported by the verb that needs it."""
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -78,9 +79,17 @@ def train(settings: Settings, nproc: Nproc = 1) -> None:
         from pipeline.launch import start_local
 
         raise typer.Exit(start_local(cfg, ["train", *settings], nproc))
-    from pipeline.train import train
+    from pipeline.stop import StopRequest
 
-    raise typer.Exit(train(cfg))
+    with StopRequest(ends=True) as stop:  # a signal while torch is imported is not lost either
+        from pipeline.train import train
+
+        try:
+            code = train(cfg, stop)
+        except KeyboardInterrupt:
+            sys.stderr.write("patchmill: interrupted before the state was saved; the newest checkpoint stays\n")
+            os._exit(130)  # a save that goes on must not be waited for
+    raise typer.Exit(code)
 
 
 @app.command()

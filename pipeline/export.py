@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.runs import restore
+from pipeline.tensors import save_tensors
 from pipeline.vit import encoder_kwargs, timm
 
 
@@ -61,7 +61,7 @@ def export(run_dir: Path, out: Path, weights: str = "model") -> ExportReport:
     require_whole(tensors, cfg.shape.timm_name, kwargs)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out, metadata=metadata)
+        save_tensors(tensors, out, metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {error}") from None
     return ExportReport(out, cfg.shape.timm_name, kwargs)

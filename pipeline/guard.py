@@ -7,14 +7,12 @@ import faulthandler
 import json
 import logging
 import os
-import signal
 import socket
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final, Self
 
 import torch
@@ -24,8 +22,6 @@ from pipeline.launch import World
 
 log = logging.getLogger("patchmill")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-
 
 class NonFinite(Exception):  # noqa: N818  it says what happened
     """The steps ``first`` to ``last`` had a loss or gradient that is not finite, too many in a row."""
@@ -34,32 +30,6 @@ class NonFinite(Exception):  # noqa: N818  it says what happened
         """Steps count from 1."""
         self.first, self.last = first, last
         super().__init__(f"the gradient was not finite in {last - first + 1} steps in a row, {first} to {last}")
-
-
-class StopRequest:
-    """``requested`` becomes the name of SIGTERM, SIGINT or SIGUSR2 once one arrives; a context manager.
-
-    The step in progress is finished and saved. A SIGINT after that interrupts at once.
-    """
-
-    def __init__(self) -> None:
-        """No signal yet."""
-        self.requested: str | None = None
-
-    def __enter__(self) -> Self:
-        """Install the handlers."""
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested is not None:
-            raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
 
 
 class NonFiniteGuard:
@@ -149,6 +119,7 @@ class Heartbeat:
         """Ends the thread."""
         self._done.set()
         self._thread.join()
+        self._write()
 
     def beat(self, phase: str, step: int) -> None:
         """This process enters a phase of a step. What follows ``start`` is slow as the first steps are."""

@@ -5,14 +5,16 @@ other thread gets to run, the one that trains neither.
 """
 
 import json
+from pathlib import Path
 from typing import cast
 
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from pipeline.tensors import save_tensors
 
 
 class ShardWriter(HuggingFaceStorageWriter):
@@ -35,7 +37,7 @@ class ShardWriter(HuggingFaceStorageWriter):
         if tensors:
             metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
             file = f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
-            save_file(tensors, f"{self.path}/{file}", metadata)
+            save_tensors(tensors, Path(self.path, file), metadata)
         written: Future[list[WriteResult]] = Future()
         written.set_result(results)
         return written

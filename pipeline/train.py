@@ -20,7 +20,7 @@ from pipeline.config import Config, RunFailed, UserError, flatten
 from pipeline.data import Batches, decode_threads
 from pipeline.engine import Engine, build_engine
 from pipeline.estimate import flops_per_image
-from pipeline.guard import Agreement, Heartbeat, NonFinite, NonFiniteGuard, StopRequest, Stragglers
+from pipeline.guard import Agreement, Heartbeat, NonFinite, NonFiniteGuard, Stragglers
 from pipeline.heldout import HeldOut
 from pipeline.launch import Portion, World, connect
 from pipeline.metrics import Progress, setup_logging
@@ -30,6 +30,7 @@ from pipeline.profiling import Profiler
 from pipeline.runs import open_images, open_run, write_why
 from pipeline.saver import Saved, Saver
 from pipeline.steps import Silent, StepBuffer, update
+from pipeline.stop import StopRequest
 from pipeline.tracking import MlflowSink, RunLog, discard_after, read_log, resolve_uri
 
 log = logging.getLogger("patchmill")
@@ -164,12 +165,15 @@ class Trainer:
     def run(self, stop: StopRequest) -> int:
         """Train to the end or to a signal; returns the exit code."""
         cfg, plan = self.cfg, self.plan
-        kind = "resume" if self.step else "start"
+        kind, engine = "resume" if self.step else "start", cfg.engine
+        layout = f"zero{engine.zero_stage}" if engine.name == "deepspeed" else engine.name
         self.run_log.write(kind, step=self.step, total_steps=plan.total_steps, lr=cfg.lr, base_lr=cfg.optim.base_lr,
+                           engine=layout, processes=self.world.size, precision=engine.precision, micro_batch=self.portion.micro,
                            load_s=self.load_s, flops_per_image=flops_per_image(cfg).step, versions=_versions())  # fmt: skip
-        log.info("%s %s %s: step %d of %d, %d images, batch %d, lr %.3g (base_lr %.3g x %d / 256)", kind, cfg.method.name,
-                 cfg.model.name, self.step, plan.total_steps, self.loader.num_samples, cfg.train.global_batch, cfg.lr,
-                 cfg.optim.base_lr, cfg.train.global_batch)  # fmt: skip
+        log.info("%s %s %s: step %d of %d, %d images, batch %d, lr %.3g (base_lr %.3g x %d / 256); %s, "
+                 "processes: %d, %s", kind, cfg.method.name, cfg.model.name, self.step, plan.total_steps, self.loader.num_samples,
+                 cfg.train.global_batch, cfg.lr, cfg.optim.base_lr, cfg.train.global_batch, layout, self.world.size,
+                 engine.precision)  # fmt: skip
         log.info("decoding threads: %d (%s)", *decode_threads(cfg.data.threads))
         status = "FAILED"
         try:
@@ -233,6 +237,7 @@ class Trainer:
             self.profiler.after(self.step)
             self._between(progress)
             if self.agreement(stop.requested is not None):
+                log.info("stopping: the state is saved; Ctrl-C gives that up, and the steps since the last checkpoint")
                 break
             heart.beat("data", self.step)
         self.buffer.flush()
@@ -362,11 +367,11 @@ def _open(cfg: Config, world: World) -> Iterator[Path]:
         yield Path(cfg.run.dir)
 
 
-def train(cfg: Config) -> int:
+def train(cfg: Config, stop: StopRequest) -> int:
     """Train a configuration to its end; returns the process's exit code (0 done, 75 stopped on a signal, 1 not saved).
 
     Under torchrun or srun this is one of the run's processes.
     """
-    with StopRequest() as stop, connect(cfg) as (world, device), _open(cfg, world) as folder:
+    with connect(cfg) as (world, device), _open(cfg, world) as folder:
         setup_logging(folder if world.is_main else None, world.rank)
         return Trainer(cfg, folder, world, device).run(stop)

@@ -125,9 +125,7 @@ def engines(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Also the ten dearest kernels of the single engine's step.")
     ] = False,
-    deepspeed: Annotated[
-        bool, typer.Option("--deepspeed", help="The stages of ZeRO, and 2 with offload, beside single.")
-    ] = False,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", help="The stages of ZeRO beside single.")] = False,
     out: Out = None,
 ) -> None:
     """Time and peak memory of a training step of each engine in one process beside a bare PyTorch loop, interleaved.

@@ -207,8 +207,8 @@ def config(steps: int, folder: Path) -> Config:
 def train_stub(steps: int, stopwatch: Stopwatch) -> int:
     """A whole run of the real trainer on the stubs; the steps that it made."""
     from pipeline import train
-    from pipeline.guard import StopRequest
     from pipeline.launch import World
+    from pipeline.stop import StopRequest
 
     layer = Layer()
     stubs = (lambda cfg, device: StubEngine(layer), lambda *args, **options: StubLoader(layer.images, stopwatch))

@@ -138,7 +138,7 @@ class Row:
         """A line of the table."""
         verdict = "ok" if self.passed else "DIFFERS"
         start = "same start" if self.same_start else "shaken" if "_shaken" in self.case else "ANOTHER START"
-        return (f"{self.case:28s} loss {self.loss:8.1e}  grad_norm {self.norm:8.1e}  ema {self.ema:8.1e}  "
+        return (f"{self.case:28s} to {self.reference:6s}  loss {self.loss:8.1e}  grad_norm {self.norm:8.1e}  ema {self.ema:8.1e}  "
                 f"pred {self.pred:8.1e}  {start}  {verdict}")  # fmt: skip
 
 
@@ -337,9 +337,10 @@ def choose_engines(names: str) -> list[str]:
 
 def run(steps: int, engines: Sequence[str], progress: Callable[[int, int], None]) -> list[Row]:
     """The table: every method and precision under these engines. Raises UserError when it would tell nothing."""
-    asked = [Case(m, e, p) for m in METHODS for e in dict.fromkeys(("single", *engines)) for p in PRECISIONS]
+    chosen = [Case(m, e, p) for m in METHODS for e in dict.fromkeys(("single", *engines)) for p in PRECISIONS]
+    asked = dict.fromkeys([*map(reference, chosen), *chosen])  # a reference is held against its own
     copies = [copy for case in asked if case.engine != "single" for copy in shaken(case)]
-    traces = trace_cases(list(dict.fromkeys([*map(reference, asked), *asked, *copies])), steps, progress)
+    traces = trace_cases(list(dict.fromkeys([*asked, *copies])), steps, progress)
     rows = []
     for case, trace in traces.items():
         if case == reference(case):

@@ -52,7 +52,11 @@ def prepare_nvme(cfg: Config, builder: Any) -> None:
     log.info("engine.offload = nvme: the first start compiles DeepSpeed's extension for it, which takes minutes")
     start = time.monotonic()
     with _compiling() as kept:
-        builder.load(verbose=False)
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, ValueError, OSError, ImportError) as error:
+            raise UserError(f"engine.offload = nvme: DeepSpeed's extension for it cannot be compiled: {str(error).strip()[-300:]}; "
+                            "set engine.offload=cpu") from error  # fmt: skip
     log.info("engine.offload = nvme: the extension was there after %.0f s, kept in %s", time.monotonic() - start, kept)
 
 
@@ -77,7 +81,13 @@ def _compiling() -> Iterator[Path]:
         fcntl.flock(ours, fcntl.LOCK_EX)
         for extension in ("async_io", "pin_memory"):
             (folder / extension / "lock").unlink(missing_ok=True)
-        yield folder
+        # For this device. DeepSpeed does not understand all that a container's list may name, such as 9.0a.
+        named = os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+        try:
+            yield folder
+        finally:
+            if named is not None:
+                os.environ["TORCH_CUDA_ARCH_LIST"] = named
 
 
 def _remove(folder: Path, rank: int) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.config import UserError
+from pipeline.tensors import save_tensors
 from pipeline.vit import VisionTransformer, normalise
 
 log = logging.getLogger("patchmill")
@@ -133,7 +133,7 @@ def cached(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     tensors = {"features": made.features, "labels": made.labels, **made.others}
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, partial, metadata=key)
+    save_tensors({name: tensor.cpu() for name, tensor in tensors.items()}, partial, key)
     partial.replace(path)
     return made
 

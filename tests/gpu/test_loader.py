@@ -67,4 +67,4 @@ def test_the_memory_of_a_batch_is_pinned(loader):
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
-        assert loader._make(0, ids, pool, pinned=True).images.is_pinned()
+        assert loader._make(0, ids, pool, slice(None), pinned=True).images.is_pinned()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.bench import parity
 from pipeline.bench.parity import (
     EXACT,
     ROUNDED,
@@ -107,6 +108,16 @@ def test_a_run_that_tells_nothing_is_refused(traces):
     calm = Trace(trace.losses, [0.0] * STEPS, trace.initial, trace.ema, trace.first_ema, trace.seen)
     with pytest.raises(UserError, match="0 of 8 steps were clipped"):
         require_telling(Case("pcae", "single"), calm)
+
+
+@pytest.mark.parametrize("engines", [["zero1-2", "zero3-2"], ["fsdp2-4"], ["single"]])
+def test_all_that_a_choice_of_engines_is_held_against_runs_too(engines, monkeypatch):
+    asked = []
+    monkeypatch.setattr(parity, "trace_cases", lambda cases, *_: asked.extend(cases) or {})
+    parity.run(STEPS, engines, lambda done, total: None)
+    compared = [case for case in asked if case != reference(case)]
+    missing = [need for case in compared for need in (reference(case), *shaken(case)) if need not in asked]
+    assert missing == [] and {case.engine for case in asked} >= set(engines)
 
 
 def test_engines_are_chosen_by_name():

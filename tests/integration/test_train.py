@@ -16,6 +16,7 @@ from pipeline.config import RunFailed, UserError, load_config
 from pipeline.data import Loader
 from pipeline.heldout import HeldOut
 from pipeline.runlog import read_log
+from pipeline.stop import StopRequest
 from pipeline.train import train
 
 
@@ -25,7 +26,7 @@ def settings(run: Path, *overrides: str) -> list[str]:
 
 
 def run_it(run: Path, *overrides: str, method: str = "mae") -> int:
-    return train(load_config([f"quickstart/{method}"], settings(run, *overrides)))
+    return train(load_config([f"quickstart/{method}"], settings(run, *overrides)), StopRequest())
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -103,6 +103,13 @@ def test_state_is_kept_as_it_was(tmp_path: Path) -> None:
     assert {key: read[key] for key in state} == state and read["step"] == 7
 
 
+def test_all_files_may_be_read_by_whom_a_plain_file_may(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    path = save(tmp_path, 1, {"model.a": torch.ones(2)}, {})
+    modes = {file.name: file.stat().st_mode for file in path.rglob("*") if file.is_file()}
+    assert len(modes) > 1 and set(modes.values()) == {(tmp_path / "plain").stat().st_mode}, modes
+
+
 def test_files_are_safetensors_under_plain_names_and_hold_no_pickle(tmp_path: Path, tiny_config: Any) -> None:
     engine = TorchEngine(tiny_config("pcae", data__image_size=16), torch.device("cpu"))
     path = save(tmp_path, 3, engine.state(), {})

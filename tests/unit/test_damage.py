@@ -24,6 +24,7 @@ from data_prep.verify import check_seal, seal_text, verify
 from data_prep.write import write
 from pipeline.config import UserError
 from pipeline.data import open_loader
+from pipeline.stop import StopRequest
 from pipeline.train import train
 
 COUNT = 130  # more than the samples that are read at the start
@@ -306,5 +307,5 @@ def test_training_ends_at_a_sample_that_cannot_be_decoded(beton, tmp_path, tiny_
                       train__global_batch=10, tracking__uri="none")  # fmt: skip
     words = f"{beton}: sample {BAD} cannot be decoded"
     with pytest.raises(UserError, match=re.escape(words)):
-        train(cfg)
+        train(cfg, StopRequest())
     assert words in json.loads((tmp_path / "run" / "why_stopped.json").read_text())["reason"] and not own_threads()

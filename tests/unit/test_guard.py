@@ -4,13 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from pipeline.guard import SIGNALS, Heartbeat, NonFinite, NonFiniteGuard, StopRequest, Stragglers, verdict
+from pipeline.guard import Heartbeat, NonFinite, NonFiniteGuard, Stragglers, verdict
 from pipeline.launch import World
+from pipeline.stop import SAME_S, SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -50,20 +52,34 @@ def test_default_and_ignored_handlers_come_back_too() -> None:
     assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
 
 
-def test_a_second_interrupt_interrupts_at_once_and_leaves_no_handler_behind() -> None:
+def test_a_later_interrupt_interrupts_at_once_and_leaves_no_handler_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {n: signal.getsignal(n) for n in SIGNALS}
+    now = time.monotonic()
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         send(signal.SIGINT)
+        send(signal.SIGINT)  # the key bounces
         assert stop.requested == "SIGINT"
+        monkeypatch.setattr(time, "monotonic", lambda: now + SAME_S + 1)
         send(signal.SIGINT)
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
 
 
-def test_repeated_termination_does_not_interrupt() -> None:
+def test_a_process_that_ends_takes_no_signal_any_more() -> None:
+    with StopRequest(ends=True):
+        send(signal.SIGTERM)
+    for number in SIGNALS:
+        send(number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_repeated_termination_does_not_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopRequest() as stop:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR2):
+        send(signal.SIGINT)
+        now = time.monotonic() + SAME_S + 1
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR2):
             send(number)
-        assert stop.requested == "SIGUSR2"
+        assert stop.requested == "SIGINT"
 
 
 def test_handlers_come_back_when_the_body_raises() -> None:

@@ -26,6 +26,7 @@ from pipeline.methods.common import MaskDraw
 from pipeline.methods.pcae import PCAE, compress
 from pipeline.optim import momentum_at
 from pipeline.segments import gather_tokens, keep_lowest, redundancy
+from pipeline.stop import StopRequest
 from pipeline.train import train
 from pipeline.vit import normalise, patchify, sincos_2d
 
@@ -508,7 +509,7 @@ def test_ema_end_is_where_a_run_s_momentum_goes(
     cfg = tiny_config("pcae", run__dir=str(tmp_path / "run"), tracking__uri="none", data__image_size=16,
                       data__num_samples=8, train__global_batch=4, train__steps=4, optim__ema=0.8, optim__ema_end=0.9,
                       optim__ema_batch=8)  # fmt: skip
-    assert train(cfg) == 0
+    assert train(cfg, StopRequest()) == 0
     half = math.sqrt(0.5) / 2  # of the cosine at an eighth of a turn
     expected = [0.95 - 0.05 * share for share in (1, 0.5 + half, 0.5, 0.5 - half)]
     assert seen == pytest.approx(expected, abs=1e-12)

@@ -20,10 +20,10 @@ from data_prep.write import write
 from pipeline import order, train
 from pipeline.config import Config, ConfigError, UserError, load_config
 from pipeline.data import Batches, open_loader
-from pipeline.guard import StopRequest
 from pipeline.keys import Int64
 from pipeline.launch import World
 from pipeline.order import Windows
+from pipeline.stop import StopRequest
 
 SOME = settings(max_examples=50, deadline=None)
 
