@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
@@ -224,7 +224,8 @@ def _device(place: Mapping[str, str]) -> torch.device:
 def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
     """The processes of this run, all come and of one configuration, and this one's device.
 
-    Raises UserError when they do not come, differ, or are not as many as ``engine`` and the batch can be shared by.
+    Raises UserError when they do not come, differ, or are not as many as ``engine`` and the batch can be shared by, and in
+    place of what the network says of one that is lost later RankLost.
     """
     if PARENT in os.environ:
         die_with(int(os.environ[PARENT]))
@@ -247,13 +248,16 @@ def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{cfg.run.dir}/ranks/nccl-")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     store, timeout = _meet(cfg, place), timedelta(seconds=cfg.engine.timeout_s)
-    dist.init_process_group(choose_backend(cfg, device), store=PrefixStore("train", store), rank=int(place["RANK"]),
-                            world_size=size, timeout=timeout)  # fmt: skip
+    world = World(int(place["RANK"]), size, int(place["LOCAL_RANK"]))
     try:
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        yield World(int(place["RANK"]), size, int(place["LOCAL_RANK"]), control), device
+        dist.init_process_group(choose_backend(cfg, device), store=PrefixStore("train", store), rank=world.rank,
+                                world_size=size, timeout=timeout)  # fmt: skip
+        yield replace(world, control=dist.new_group(backend="gloo", timeout=timeout)), device
+    except Exception as error:
+        raise world.explain(error) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def choose_backend(cfg: Config, device: torch.device) -> str:

@@ -302,14 +302,11 @@ def preflight(cfg: Config) -> str | None:
     the ranks do not come together, RankLost when one ends meanwhile.
     """
     with connect(cfg) as (world, device):
-        try:
-            findings = world.gather(look(cfg, world, device))
-            with world.together():
-                problems = judge(findings) if world.is_main else []
-                if problems:
-                    raise ConfigError(problems)
-        except Exception as error:
-            raise world.explain(error) from error
+        findings = world.gather(look(cfg, world, device))
+        with world.together():
+            problems = judge(findings) if world.is_main else []
+            if problems:
+                raise ConfigError(problems)
         if not world.is_main:
             return None
         hosts = [found.host for found in findings]

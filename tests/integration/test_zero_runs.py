@@ -1,5 +1,6 @@
 """ZeRO through the trainer on two processes: a rank that dies in a step, and gradients that are not finite on one of them."""
 
+import importlib
 import json
 import os
 import signal
@@ -33,6 +34,8 @@ def run_with_fault() -> None:
     kind, value = json.loads(os.environ[FAULT])
     if kind == "killed":
         die_in_step(DeepSpeedEngine)
+    elif kind == "killed in the start":
+        die_in_start(value)
     elif kind == "poisoned":
         poison(train, value)
     else:
@@ -51,6 +54,13 @@ def die_in_step(engine: Any) -> None:
         return micro_step(self, *args)
 
     engine.micro_step = mortal
+
+
+def die_in_start(place: str) -> None:
+    """Rank 1 is gone when it comes to a function, named with its module."""
+    module, name = place.rsplit(".", 1)
+    if os.environ["RANK"] == "1":
+        setattr(importlib.import_module(module), name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def poison(train: Any, sample: int) -> None:
@@ -126,6 +136,16 @@ def test_a_rank_that_is_killed_in_a_step_costs_the_steps_since_the_checkpoint(st
     assert process.wait(timeout=240) == 0, process.stderr.read()
     assert f"resume pcae vit_p: step 4 of {STEPS}" in process.stderr.read()
     assert curve(run) == undisturbed
+
+
+@pytest.mark.parametrize("engine", ["engine.name=fsdp2", "engine.name=deepspeed engine.zero_stage=3"])
+def test_a_rank_that_is_killed_before_the_first_step_ends_the_others_with_one_line(engine, tmp_path):
+    fault = "killed in the start", "pipeline.train.build_engine"
+    codes, said = run_faulty(tmp_path / "run", fault, *engine.split())
+    assert codes == [1, -signal.SIGKILL]
+    assert "Traceback" not in said[0]
+    assert said[0].strip().splitlines()[-1].startswith("patchmill: rank 0 on ")
+    assert said[0].count("has lost another rank") == 1
 
 
 @pytest.mark.slow
