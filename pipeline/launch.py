@@ -249,10 +249,12 @@ def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     store, timeout = _meet(cfg, place), timedelta(seconds=cfg.engine.timeout_s)
     world = World(int(place["RANK"]), size, int(place["LOCAL_RANK"]))
+    # Of groups made without one, as torch's meshes and DeepSpeed make them: for half an hour they would wait for a lost rank.
+    dist.distributed_c10d.default_pg_timeout = timeout
     try:
         dist.init_process_group(choose_backend(cfg, device), store=PrefixStore("train", store), rank=world.rank,
                                 world_size=size, timeout=timeout)  # fmt: skip
-        yield replace(world, control=dist.new_group(backend="gloo", timeout=timeout)), device
+        yield replace(world, control=dist.new_group(backend="gloo")), device
     except Exception as error:
         raise world.explain(error) from error
     finally:

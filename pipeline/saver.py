@@ -8,8 +8,9 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.launch import World
+
+LAG: Final = timedelta(minutes=30)  # a rank's disk may be so much slower than another's: training goes on meanwhile
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Saver:
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         # What is agreed on in the background must not meet what training agrees on.
-        group = dist.new_group(backend="gloo") if world.size > 1 else None
+        group = dist.new_group(backend="gloo", timeout=LAG) if world.size > 1 else None
         self._folder, self._keep, self._world = folder, keep, replace(world, control=group)
         self._device, cuda = device, device.type == "cuda"
         self._stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True,
