@@ -154,12 +154,12 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def _known_keys(location: Sequence[str], method: str | None) -> list[str]:
-    if not location:
-        return list(Config.model_fields)
-    if location[0] == "method":
+    if location and location[0] == "method":
         return list(METHOD_CONFIGS[method].model_fields) if method in METHOD_CONFIGS else ["name"]
-    field = Config.model_fields.get(location[0])
-    return list(cast(type[Section], field.annotation).model_fields) if field else []
+    section: type[Section] = Config
+    for name in location:
+        section = cast(type[Section], section.model_fields[name].annotation)
+    return list(section.model_fields)
 
 
 def _explain(error: Any, tree: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:

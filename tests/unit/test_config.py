@@ -134,6 +134,11 @@ def test_on_and_off_are_words_where_words_are_meant(base: Path, tmp_path: Path, 
         ("trian.seed=1", ["trian", "did you mean train?"]),
         ("method.segmnt_size=2", ["method.segmnt_size", "did you mean method.segment_size?"]),
         ("method.mask_ratio=0.5", ["method.mask_ratio", "no such setting"]),  # another method's
+        (
+            "engine={name: deepspeed, zero_stage: 3, deepspeed: {prefetch_buckt_size: 1}}",
+            ["engine.deepspeed.prefetch_buckt_size", "did you mean engine.deepspeed.prefetch_bucket_size?"],
+        ),
+        ("engine.deepspeed.backend=1", ["engine.deepspeed.backend", "known here: reduce_bucket_size, overlap_comm"]),
         ("optim.zzz=1", ["optim.zzz", "known here", "base_lr"]),
         ("train.seed=abc", ["train.seed = 'abc'", "integer"]),
         ("train.seed=1.5", ["train.seed = 1.5", "integer"]),
