@@ -71,6 +71,8 @@ FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.",
                   "engine.checkpoint_layers", "engine.compile", "engine.backend", "engine.interface",
                   "engine.timeout_s")  # fmt: skip
 
+PATHS = {"run": ("dir",), "data": ("train", "val", "stage_in"), "engine": ("offload_dir",)}
+
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one dict with dotted keys."""
@@ -325,9 +327,11 @@ def _check(cfg: Config) -> Iterable[str]:
 def _resolve_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Paths become absolute, so that a run goes on from any working directory."""
     absolute = {}
-    for section, keys in {"run": ("dir",), "data": ("train", "val")}.items():
+    for section, keys in PATHS.items():
         part = tree.get(section)
-        found = {key: part[key] for key in keys if isinstance(part.get(key), str)} if isinstance(part, Mapping) else {}
+        found = (
+            {k: part[k] for k in keys if part.get(k) and isinstance(part[k], str)} if isinstance(part, Mapping) else {}
+        )
         absolute[section] = {key: os.path.abspath(os.path.expanduser(value)) for key, value in found.items()}
     return _merge(dict(tree), {key: value for key, value in absolute.items() if value})
 

@@ -101,6 +101,10 @@ def test_paths_become_absolute(base: Path, tmp_path: Path, monkeypatch: pytest.M
     assert cfg.run.dir == str(tmp_path / "runs/a")
     assert cfg.data.train == str(tmp_path / "train.beton")
     assert cfg.data.val == str(tmp_path / "home/val.beton")
+    engine = "engine={name: deepspeed, zero_stage: 3, offload: nvme, offload_dir: ~/swap}"
+    local = load_config([base], ["data.loader=ffcv", "data.train=t.beton", "data.stage_in=~/disk", engine])
+    assert local.data.stage_in == str(tmp_path / "home/disk")
+    assert local.engine.offload_dir == str(tmp_path / "home/swap")
 
 
 # Values as YAML 1.2 reads them
@@ -186,6 +190,10 @@ def test_on_and_off_are_words_where_words_are_meant(base: Path, tmp_path: Path, 
         ),
         (
             "engine={name: deepspeed, zero_stage: 3, offload: nvme}",
+            ["engine.offload_dir: is required", "a folder on a fast disk"],
+        ),
+        (
+            "engine={name: deepspeed, zero_stage: 3, offload: nvme, offload_dir: ''}",
             ["engine.offload_dir: is required", "a folder on a fast disk"],
         ),
         (
