@@ -277,7 +277,9 @@ def _require_engine(cfg: Config, size: int) -> None:
                     f"engine.{key} = {value}: needs CUDA devices, and this host shows none; set engine.{key}={cure}"
                 )
     if cfg.engine.name == "single" and size > 1:
-        raise UserError(f"engine.name = single: {size} processes were started; set engine.name=ddp, fsdp2 or hsdp")
+        raise UserError(
+            f"engine.name = single: {size} processes were started; set engine.name=ddp, fsdp2, hsdp or deepspeed"
+        )
     shard = cfg.engine.shard_size
     if shard is not None and size % shard:
         raise UserError(f"engine.shard_size = {shard}: should divide the {size} processes of this run")

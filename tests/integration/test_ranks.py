@@ -264,7 +264,7 @@ def test_broken_checkpoints_are_passed_over_and_never_started_over(tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ([], "engine.name = single: 2 processes were started; set engine.name=ddp, fsdp2 or hsdp"),
+        ([], "engine.name = single: 2 processes were started; set engine.name=ddp, fsdp2, hsdp or deepspeed"),
         pytest.param(
             ["engine.name=ddp", "train.global_batch=9"],
             "train.global_batch = 9: should be a multiple of the 2 processes",

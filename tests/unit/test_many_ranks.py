@@ -76,6 +76,7 @@ def test_settings_of_another_engine_are_refused(tiny_config, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({}, "engine.name = single: 3 processes were started; set engine.name=ddp, fsdp2, hsdp or deepspeed"),
         ({"engine__name": "ddp"}, "train.global_batch = 8: should be a multiple of the 3 processes"),
         (
             {"engine__name": "hsdp", "engine__shard_size": 2, "train__global_batch": 9},
