@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.settings import Config, EngineConfig
+from pipeline.settings import Config, DeepSpeedConfig, EngineConfig
 
 ONLY_DEEPSPEED = ("zero_stage", "deepspeed", "offload", "offload_params", "offload_dir")
+ONLY_STAGE_3 = ("prefetch_bucket_size", "max_live_parameters")  # of engine.deepspeed
 
 
 def zero_problems(engine: EngineConfig) -> Iterator[str]:
-    """What is wrong with ``engine.zero_stage`` and ``engine.offload*``, a sentence each."""
+    """What is wrong with ``engine.zero_stage``, ``engine.deepspeed`` and ``engine.offload*``, a sentence each."""
     if engine.name != "deepspeed":
         for key in ONLY_DEEPSPEED:
             if getattr(engine, key) != EngineConfig.model_fields[key].get_default():
@@ -20,6 +21,10 @@ def zero_problems(engine: EngineConfig) -> Iterator[str]:
     stage, offload = engine.zero_stage, engine.offload
     if not stage:
         yield f"engine.zero_stage = {stage}: should be 1, 2 or 3; stage 0 shares nothing: for that set engine.name=ddp"
+    for key in ONLY_STAGE_3 if stage in (1, 2) else ():
+        value = getattr(engine.deepspeed, key)
+        if value != DeepSpeedConfig.model_fields[key].get_default():
+            yield f"engine.deepspeed.{key} = {value}: is for engine.zero_stage=3 (not {stage}); leave it out"
     if offload != "none" and stage == 1:
         yield f"engine.offload = {offload}: is for engine.zero_stage=2 or 3 (not 1); leave it out"
     if offload == "nvme" and stage == 2:

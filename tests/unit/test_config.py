@@ -181,6 +181,18 @@ def test_on_and_off_are_words_where_words_are_meant(base: Path, tmp_path: Path, 
         ("engine.name=deepspeed", ["engine.zero_stage = None", "1, 2 or 3"]),
         ("engine={name: deepspeed, zero_stage: 0}", ["engine.zero_stage = 0", "engine.name=ddp"]),
         (
+            "engine={name: deepspeed, zero_stage: 2, deepspeed: {prefetch_bucket_size: 1}}",
+            ["engine.deepspeed.prefetch_bucket_size = 1", "zero_stage=3 (not 2)"],
+        ),
+        (
+            "engine={name: deepspeed, zero_stage: 1, deepspeed: {max_live_parameters: 1, overlap_comm: false}}",
+            ["engine.deepspeed.max_live_parameters = 1", "zero_stage=3 (not 1)"],
+        ),
+        (
+            "engine={name: deepspeed, deepspeed: {max_live_parameters: 1}}",
+            ["engine.zero_stage = None", "1, 2 or 3"],
+        ),
+        (
             "engine={name: deepspeed, zero_stage: 1, offload: cpu}",
             ["engine.offload = cpu", "zero_stage=2 or 3 (not 1)"],
         ),
@@ -226,6 +238,12 @@ def test_one_mistake_is_one_line_that_names_key_value_and_remedy(
     assert len(found) == 1 and "\n" not in found[0]
     for fragment in fragments:
         assert fragment in found[0]
+
+
+def test_settings_of_stage_3_alone_are_taken_there_and_as_they_are_by_default(base: Path) -> None:
+    for stage, value in ((3, 1), (2, 30_000_000)):
+        engine = f"engine={{name: deepspeed, zero_stage: {stage}, deepspeed: {{prefetch_bucket_size: {value}}}}}"
+        assert load_config([base], [engine]).engine.deepspeed.prefetch_bucket_size == value
 
 
 def test_a_held_out_loss_wants_images_to_take_it_of(base: Path) -> None:
