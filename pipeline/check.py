@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pipeline.config import Config, ConfigError, UserError, binding_differences, load_config
 from pipeline.estimate import flops_per_image
-from pipeline.memory import FP32, parameters
 from pipeline.order import Plan
 from pipeline.zero_config import deepspeed_config, swap_folder
+from pipeline.zero_memory import swap_bytes
 
 
 def _data(cfg: Config, which: str, path: str) -> tuple[str, int]:
@@ -95,7 +95,7 @@ def _staging(cfg: Config) -> Iterator[str]:
 
 
 def _offload(cfg: Config) -> Iterator[str]:
-    """A line on the files that ``engine.offload=nvme`` keeps. Raises UserError where they could not be made, or not read."""
+    """Lines on the files that ``engine.offload=nvme`` keeps. Raises UserError where they could not be made, or not read."""
     if cfg.engine.offload_dir is None:
         return
     folder = swap_folder(cfg)
@@ -109,9 +109,11 @@ def _offload(cfg: Config) -> Iterator[str]:
                                           check=False).returncode:  # fmt: skip
         raise UserError("engine.offload = nvme: needs g++, libaio with its headers, for GPUs nvcc (apt: g++ libaio-dev; "
                         "conda: cxx-compiler libaio); install them, or set engine.offload=cpu")  # fmt: skip
-    needed = 3 * FP32 * sum(parameter.size for parameter in parameters(cfg) if parameter.trained)
-    yield (f"offload: files in {folder}: {needed / 2**30:.2f} GiB over all hosts, {shutil.disk_usage(above).free / 2**30:.2f} GiB "
-           "free here")  # fmt: skip
+    needed, free = swap_bytes(cfg), shutil.disk_usage(above).free
+    yield f"offload: files in {folder}: {needed / 2**30:.2f} GiB over all hosts, {free / 2**30:.2f} GiB free here"
+    if free < needed:  # it may not be here that the run will be
+        yield (f"warning: engine.offload_dir = {cfg.engine.offload_dir}: one host alone would have too little room in {above}; "
+               "make room there, set it to another folder, or take more hosts")  # fmt: skip
 
 
 def check(cfg: Config) -> str:

@@ -26,6 +26,8 @@ from pipeline.check import check
 from pipeline.config import Config, ConfigError, UserError
 from pipeline.launch import World, connect, start_local
 from pipeline.memory import state
+from pipeline.zero_config import swap_folder
+from pipeline.zero_memory import swap_bytes
 
 MIB: Final = 2**20
 GIB: Final = 2**30
@@ -42,7 +44,7 @@ Problem = tuple[int, str]  # rank, what is wrong there
 class Findings:
     """What one rank found. ``same``: what all ranks must have alike; ``bus``: bytes a second; ``clock``: seconds since 1970.
 
-    ``free``: bytes by folder.
+    ``free``: bytes by folder; ``swap``: bytes free for the files of ``engine.offload=nvme``.
     """
 
     host: str
@@ -51,6 +53,7 @@ class Findings:
     clock: float
     bus: float | None = None
     free: dict[str, int] = field(default_factory=dict)
+    swap: int | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -200,6 +203,11 @@ def _environment(device: torch.device) -> dict[str, str]:
     return facts | {"kind of device": device.type}
 
 
+def _above(folder: Path) -> Path:
+    """A folder, or the nearest above it that is there."""
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path))
+
+
 def look(cfg: Config, world: World, device: torch.device) -> Findings:
     """What this rank finds; all must call it. Raises nothing that a check finds."""
     problems, same = list[str](), _environment(device)
@@ -217,10 +225,11 @@ def look(cfg: Config, world: World, device: torch.device) -> Findings:
         bus = _bus(world, device)
     world.gather(None)
     clock = time.time()  # right after all have met
-    above = next(path for path in (Path(cfg.run.dir), *Path(cfg.run.dir).parents) if os.path.exists(path))
-    free = {str(path): shutil.disk_usage(path).free for path in dict.fromkeys((above, Path(tempfile.gettempdir())))}
+    folders = dict.fromkeys((_above(Path(cfg.run.dir)), Path(tempfile.gettempdir())))
+    free = {str(path): shutil.disk_usage(path).free for path in folders}
+    swap = shutil.disk_usage(_above(swap_folder(cfg))).free if cfg.engine.offload == "nvme" else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return Findings(socket.gethostname(), name, same, clock, bus, free, problems)
+    return Findings(socket.gethostname(), name, same, clock, bus, free, swap, problems)
 
 
 def clock_offsets(clocks: Sequence[float]) -> list[float]:
@@ -255,6 +264,16 @@ def low_disks(findings: Sequence[Findings], state_bytes: int) -> Iterator[Proble
             if free < needed:
                 yield rank, (f"disk: {free / GIB:.2f} GiB free in {folder}, {STATES} times the state are {needed / GIB:.2f} GiB; "
                              "make room there, or lower checkpoint.keep")  # fmt: skip
+
+
+def low_swap(findings: Sequence[Findings], needed: int) -> Iterator[Problem]:
+    """Hosts with less room than the files of their ranks take, of ``needed`` bytes over all: training would refuse to start."""
+    ranks = Counter(found.host for found in findings)
+    for rank, found in enumerate(findings):
+        files = needed * ranks[found.host] // len(findings)
+        if found.swap is not None and found.swap < files:
+            yield rank, (f"engine.offload_dir: {found.swap / GIB:.2f} GiB free, files of {ranks[found.host]} ranks here take "
+                         f"{files / GIB:.2f} GiB; make room there, or set it to another folder")  # fmt: skip
 
 
 def _names(names: Sequence[str]) -> str:
@@ -310,8 +329,8 @@ def preflight(cfg: Config) -> str | None:
         if not world.is_main:
             return None
         hosts = [found.host for found in findings]
-        warnings = [f"warning: {line}" for line in lines_of(list(low_disks(findings, state(cfg).total)), hosts)]
-        return "\n".join([table(findings), *warnings, "in order"])
+        low = [*low_disks(findings, state(cfg).total), *low_swap(findings, swap_bytes(cfg))]
+        return "\n".join([table(findings), *(f"warning: {line}" for line in lines_of(low, hosts)), "in order"])
 
 
 def run(cfg: Config, settings: Sequence[str], nproc: int, say: Callable[[str], object]) -> int:

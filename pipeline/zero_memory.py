@@ -183,3 +183,8 @@ def offload_bytes(cfg: Config, zero: Zero, num_micro: int) -> int:
     if zero.offload_params and zero.stage == 3:
         return down + size * (own + teacher) * num_micro
     return down + size * (own + teacher)
+
+
+def swap_bytes(cfg: Config) -> int:
+    """Bytes of the files that all processes of ``engine.offload=nvme`` keep: weights in fp32 and two moments."""
+    return 3 * FP32 * sum(parameter.size for parameter in parameters(cfg) if parameter.trained)

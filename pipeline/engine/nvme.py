@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.utils.cpp_extension import CUDA_HOME
 
 from pipeline.config import Config, UserError
-from pipeline.memory import FP32, parameters
 from pipeline.zero_config import swap_folder
+from pipeline.zero_memory import swap_bytes
 
 log = logging.getLogger("patchmill")
 
@@ -34,8 +34,7 @@ def prepare_nvme(cfg: Config, builder: Any) -> None:
         number = int(left.name.removeprefix("rank"))
         if number == rank or number >= dist.get_world_size():
             _remove(folder, number)
-    trained = sum(parameter.size for parameter in parameters(cfg) if parameter.trained)
-    needed = 3 * FP32 * trained // dist.get_world_size()  # weights and two moments
+    needed = swap_bytes(cfg) // dist.get_world_size()
     problem = _reserve(folder / f"rank{rank}", needed)
     failed = torch.tensor(float(problem is not None))
     dist.all_reduce(failed, dist.ReduceOp.MAX)  # by now all ranks of a host have theirs

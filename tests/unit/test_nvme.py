@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from pipeline.check import check
 from pipeline.config import Config, ConfigError, UserError, load_config
 from pipeline.engine import nvme
 from pipeline.engine.torch import join_alone
+from pipeline.memory import parameters
 from pipeline.zero_config import deepspeed_config, swap_folder
 
 
@@ -81,6 +83,13 @@ def test_check_says_what_files_need_and_what_is_missing(cfg: Config, tmp_path: P
     assert re.search(
         rf"offload: files in {tmp_path}/disk/\S+: 1\.2\d GiB over all hosts, \d+\.\d\d GiB free here", check(here)
     )
+    assert "warning" not in check(here)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+        assert (
+            f"warning: engine.offload_dir = {tmp_path}/disk: one host alone would have too little room in {tmp_path};"
+            in check(here)
+        )
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=1))
     with pytest.raises(ConfigError, match=r"needs g\+\+, libaio with its headers"):
         check(here)
@@ -111,7 +120,7 @@ def test_what_is_missing_is_named(cfg: Config, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_disk_that_cannot_take_the_files_is_found_at_the_start(cfg: Config, tmp_path: Path, monkeypatch) -> None:
     def full(number: int, start: int, size: int) -> None:
-        assert (start, size) == (0, 12 * sum(p.size for p in nvme.parameters(cfg) if p.trained))
+        assert (start, size) == (0, 12 * sum(p.size for p in parameters(cfg) if p.trained))
         raise OSError(errno.ENOSPC, "No space left on device")
 
     builder = Builder()

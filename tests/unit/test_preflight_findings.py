@@ -1,5 +1,8 @@
 """What is wrong with a job, from what its ranks found; and the folder that one process looks at."""
 
+import socket
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from pipeline.preflight import (
     differing,
     judge,
     low_disks,
+    low_swap,
     share_of,
     table,
     wrong_clocks,
@@ -96,6 +100,24 @@ def test_a_disk_for_less_than_three_states_is_a_warning():
     ((rank, text),) = low_disks(found, state)
     assert rank == 0 and "free in /tmp" in text
     assert judge(found) == []
+
+
+def test_a_disk_for_less_than_the_files_of_its_hosts_ranks_is_a_warning():
+    hosts = ("a", 999), ("b", 1500), ("b", 1499), ("a", 1000), ("b", 1500), ("c", None)
+    found = [Findings(host, "cpu", SAME, 0.0, swap=swap) for host, swap in hosts]
+    (first, text), (second, _) = low_swap(found, 3000)
+    assert (first, second) == (0, 2) and "files of 2 ranks here" in text
+    assert judge(found) == []
+
+
+def test_a_lone_process_is_warned_of_a_disk_for_less_than_its_files(tmp_path, tiny_config, monkeypatch):
+    engine = f"{{name: deepspeed, zero_stage: 3, offload: nvme, offload_dir: {tmp_path / 'disk'}}}"
+    cfg = tiny_config("mae", run__dir=tmp_path / "run", engine=engine)
+    monkeypatch.setattr(preflight, "check", lambda cfg: "")  # it looks for a compiler
+    assert "engine.offload_dir" not in preflight.preflight(cfg)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20 * (path == tmp_path)))
+    host = socket.gethostname()
+    assert f"warning: rank 0 on {host}: engine.offload_dir: 0.00 GiB free, files of 1 rank" in preflight.preflight(cfg)
 
 
 def test_the_table_has_a_line_a_rank():
