@@ -1,6 +1,9 @@
 """``engine.offload=nvme`` before DeepSpeed starts: what is missing is said, what a killed process left does no harm."""
 
+import atexit
+import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -9,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from pipeline.check import check
 from pipeline.config import Config, ConfigError, UserError, load_config
@@ -63,6 +68,53 @@ def test_the_extension_is_compiled_behind_a_lock_that_a_killed_process_does_not_
     nvme.prepare_nvme(cfg, builder)
     assert builder.loads == 1 and not left.exists()
     assert (swap_folder(cfg) / "rank0").stat().st_size == 0, "the room is for DeepSpeed"
+
+
+def test_no_other_process_compiles_meanwhile(cfg: Config, tmp_path: Path) -> None:
+    builder, seen = Builder(), list[bool]()
+
+    def held() -> bool:
+        with (tmp_path / "kept" / "patchmill.lock").open(
+            "w"
+        ) as other:  # a lock is of the open file, not of the process
+            try:
+                fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    builder.load = lambda *, verbose: seen.append(held())
+    nvme.prepare_nvme(cfg, builder)
+    assert seen == [True] and not held()
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_the_files_go_with_the_process_also_when_it_could_not_start(cfg: Config, monkeypatch, starts: bool) -> None:
+    last = contextlib.ExitStack()
+    monkeypatch.setattr(atexit, "register", last.callback)
+    with contextlib.nullcontext() if starts else pytest.raises(UserError):
+        nvme.prepare_nvme(cfg, Builder(compatible=starts))
+    swapped = swap_folder(cfg) / "zero_stage_3" / "optimizer" / "rank0"
+    swapped.mkdir(parents=True)
+    assert (swap_folder(cfg) / "rank0").exists()
+    last.close()
+    assert not swap_folder(cfg).exists()
+
+
+def test_no_rank_starts_where_another_has_no_room(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, builder = list[float](), Builder()
+
+    def another_fails(failed: torch.Tensor, op: object) -> None:
+        assert op == dist.ReduceOp.MAX and (swap_folder(cfg) / "rank0").stat().st_size > 0, (
+            "this one has its room by now"
+        )
+        told.append(float(failed))
+        failed.fill_(1.0)
+
+    monkeypatch.setattr(dist, "all_reduce", another_fails)
+    with pytest.raises(UserError, match="cannot be written: another rank says why; set it to another folder"):
+        nvme.prepare_nvme(cfg, builder)
+    assert told == [0.0] and builder.loads == 0
 
 
 def test_the_last_rank_of_a_host_removes_the_folder(cfg: Config) -> None:
@@ -123,13 +175,14 @@ def test_a_disk_that_cannot_take_the_files_is_found_at_the_start(cfg: Config, tm
         assert (start, size) == (0, 12 * sum(p.size for p in parameters(cfg) if p.trained))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    builder = Builder()
+    told, builder = list[float](), Builder()
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
+        patch.setattr(dist, "all_reduce", lambda failed, op: told.append(float(failed)))
         with pytest.raises(UserError, match=r"engine\.offload_dir = .*disk: 1\.2\d\d GiB .* No space left on device"):
             nvme.prepare_nvme(cfg, builder)
     (tmp_path / "file").touch()
     wrong = cfg.model_copy(update={"engine": cfg.engine.model_copy(update={"offload_dir": str(tmp_path / "file")})})
     with pytest.raises(UserError, match=r"file: .* cannot be written: Not a directory"):
         nvme.prepare_nvme(wrong, builder)
-    assert builder.loads == 0
+    assert told == [1.0] and builder.loads == 0
