@@ -15,8 +15,12 @@ def zero_problems(engine: EngineConfig) -> Iterator[str]:
     """What is wrong with ``engine.zero_stage``, ``engine.deepspeed`` and ``engine.offload*``, a sentence each."""
     if engine.name != "deepspeed":
         for key in ONLY_DEEPSPEED:
-            if getattr(engine, key) != EngineConfig.model_fields[key].get_default():
-                yield f"engine.{key}: is for engine.name=deepspeed (not {engine.name}); leave it out"
+            default = EngineConfig.model_fields[key].get_default()
+            if getattr(engine, key) != default:
+                cure = "leave it out"
+                if not isinstance(default, DeepSpeedConfig):  # it may come from a file
+                    cure += f", or set engine.{key}={'null' if default is None else str(default).lower()}"
+                yield f"engine.{key}: is for engine.name=deepspeed (not {engine.name}); {cure}"
         return
     stage, offload = engine.zero_stage, engine.offload
     if not stage:

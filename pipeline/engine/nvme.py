@@ -48,7 +48,7 @@ def prepare_nvme(cfg: Config, builder: Any) -> None:
         raise UserError("engine.offload = nvme: needs g++, libaio with its headers and on a GPU's host the CUDA toolkit (nvcc, "
                         "CUDA_HOME) to compile DeepSpeed's extension for it; install them (apt: g++ libaio-dev; "
                         "conda: cxx-compiler libaio cuda-toolkit), or set engine.offload=cpu")  # fmt: skip
-    log.info("engine.offload = nvme: the first start compiles DeepSpeed's extension for it, which takes minutes")
+    log.info("engine.offload = nvme: needs an extension of DeepSpeed's, which the first start compiles in some minutes")
     start = time.monotonic()
     with _compiling() as kept:
         try:
@@ -75,8 +75,13 @@ def _compiling() -> Iterator[Path]:
     """One process at a time. Torch's own lock is a file: one that a killed process left would be waited for for ever."""
     name = f"torch{torch.__version__}-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}"  # another environment's is rebuilt
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "patchmill" / name)))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "patchmill.lock").open("w") as ours:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "patchmill.lock").open("w")
+    except OSError as error:
+        raise UserError(f"engine.offload = nvme: {folder} cannot be written ({error.strerror}), where DeepSpeed's extension for it "
+                        "is kept; set TORCH_EXTENSIONS_DIR in the environment to another folder") from None  # fmt: skip
+    with lock as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
         for extension in ("async_io", "pin_memory"):
             (folder / extension / "lock").unlink(missing_ok=True)
