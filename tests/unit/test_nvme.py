@@ -88,6 +88,30 @@ def test_no_other_process_compiles_meanwhile(cfg: Config, tmp_path: Path) -> Non
     assert seen == [True] and not held()
 
 
+def test_a_containers_list_of_architectures_does_not_reach_deepspeed(cfg: Config, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")  # its parser knows numbers only
+    builder, seen = Builder(), list[str | None]()
+    builder.load = lambda *, verbose: seen.append(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    nvme.prepare_nvme(cfg, builder)
+    assert seen == [None] and os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+
+
+def test_what_the_compiler_says_is_one_line(cfg: Config) -> None:
+    def load(*, verbose: bool) -> None:
+        raise RuntimeError("Error building extension 'async_io': no room")
+
+    builder = Builder()
+    builder.load = load
+    with pytest.raises(UserError, match="cannot be compiled: Error building.*no room; set engine.offload=cpu"):
+        nvme.prepare_nvme(cfg, builder)
+
+
+def test_a_home_that_cannot_be_written_is_named(cfg: Config, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/nowhere")
+    with pytest.raises(UserError, match="/proc/nowhere cannot be written .*; set TORCH_EXTENSIONS_DIR"):
+        nvme.prepare_nvme(cfg, Builder())
+
+
 @pytest.mark.parametrize("starts", [True, False])
 def test_the_files_go_with_the_process_also_when_it_could_not_start(cfg: Config, monkeypatch, starts: bool) -> None:
     last = contextlib.ExitStack()
