@@ -7,6 +7,7 @@ would be right and, for a key that does not exist, the nearest one that does; al
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +66,8 @@ class ConfigError(UserError):
 
 
 # Settings that may change when a run is resumed: where things lie, how often something is said, how fast it runs.
-FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "profile.", "data.train", "data.val", "data.jit",
+FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "profile.", "slurm.", "data.train",
+                  "data.val", "data.jit",
                   "data.threads", "data.stage_in", "data.eval_crop", "train.micro_batch", "engine.name", "engine.zero_stage",
                   "engine.deepspeed.", "engine.offload", "engine.shard_size", "engine.reshard_after_forward",
                   "engine.checkpoint_layers", "engine.compile", "engine.backend", "engine.interface",
@@ -104,6 +106,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(*EXPONENT)
+# 1:30:00 is a text, as in YAML 1.2, and not 5400.
+for _first in "-+0123456789":
+    _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", re.compile(r"^[-+]?\d+(:\d\d?)+$")))
 
 
 def find_config(name: str) -> Path:

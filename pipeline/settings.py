@@ -292,6 +292,44 @@ class ProfileConfig(Section):
     memory: bool = False
 
 
+class SlurmConfig(Section):
+    """The job of ``patchmill submit``: sbatch's options by their names, and what brings a run back.
+
+    ``gpus_per_node``: one process each; without GPUs ``tasks_per_node`` processes. ``gpu`` is the GPU's name in
+    ``configs/gpus.yaml``: with it, memory is checked before anything is queued. ``time`` as sbatch has it, a number being minutes. ``setup`` are
+    commands before the start, ``environment`` variables, ``directives`` any other option of sbatch. Slurm asks a job to
+    save ``signal_lead_s`` before its time is up: by default three times the longest save of the run so far and two
+    minutes more. After ``max_crashes`` crashes in a row with no newer checkpoint the job is not requeued any more.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: Positive = 1
+    gpus_per_node: NonNegative = 0
+    tasks_per_node: Positive = 1
+    cpus_per_task: Positive | None = None
+    mem: str | None = None
+    time: str | Positive = "1-00:00:00"
+    gpu: str | None = None
+    setup: Annotated[tuple[str, ...], Strict(False)] = ()
+    environment: dict[str, str] = {}
+    directives: dict[str, str | int | bool] = {}
+    signal_lead_s: Positive | None = None
+    max_crashes: Positive = 3
+
+    @property
+    def tasks(self) -> int:
+        """Processes of a node."""
+        return self.gpus_per_node or self.tasks_per_node
+
+    @property
+    def world(self) -> int:
+        """Processes of the job."""
+        return self.nodes * self.tasks
+
+
 class Config(Section):
     """A whole run's settings; build it with ``load_config``."""
 
@@ -308,6 +346,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     guard: GuardConfig = GuardConfig()
     profile: ProfileConfig = ProfileConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @property
     def shape(self) -> ModelShape:

@@ -12,7 +12,8 @@ from pipeline.cli import app, main
 VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"],
          ["eval", "linear"], ["visualize"], ["export"], ["sync"], ["bench", "data"], ["bench", "methods"],
          ["bench", "attention"], ["bench", "parity"], ["bench", "engines"], ["bench", "loop"],
-         ["bench", "tracking"], ["bench", "save"], ["quickstart"]]  # fmt: skip
+         ["bench", "tracking"], ["bench", "save"], ["quickstart"],
+         ["submit"], ["status"], ["cancel"], ["logs"]]  # fmt: skip
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -1,0 +1,1 @@
+"""A run as a Slurm job: submitted once, requeued until it is finished."""

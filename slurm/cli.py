@@ -1,0 +1,87 @@
+"""The verbs for Slurm, to functions, nothing else."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Settings = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files or shipped names, then settings to change."),
+]
+
+
+def submit(
+    settings: Settings,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script and the plan; queue nothing.")
+    ] = False,
+) -> None:
+    """Check everything that can be known, then queue the run as one job that comes back until it is done.
+
+    Example: patchmill submit imagenet/pcae_vit_l engine/fsdp2 slurm.nodes=2 slurm.gpus_per_node=8 data.train=train.beton
+    run.dir=runs/pcae
+    """
+    from pipeline.config import load_config
+    from slurm.submit import plan
+    from slurm.submit import submit as queue
+
+    cfg = load_config([s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+    typer.echo(str(plan(cfg, queue=False)) if dry_run else queue(cfg))
+
+
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of runs.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a submitted run.")]
+
+
+def status(runs: Runs) -> None:
+    """Where submitted runs are, in Slurm and in training, and why one stopped; sends what they logged to MLflow.
+
+    Example: patchmill status runs
+    """
+    from rich.console import Console
+
+    from slurm.status import find_runs, look, replay, table
+
+    found = [look(run) for run in find_runs(runs)]
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
+    console.print(table(found))
+    for run in found:
+        if run.why:
+            console.print(f"{run.run.name}: {run.why}")
+        for line in run.tail:
+            console.print(f"  {line}")
+    for folder in find_runs(runs):
+        if problem := replay(folder):
+            console.print(problem)
+
+
+def cancel(
+    run: Run, patience: Annotated[float, typer.Option(min=1, help="Seconds that it may take to save.")] = 300
+) -> None:
+    """Save a submitted run, end its job and do not let it come back; `submit` goes on from there.
+
+    Example: patchmill cancel runs/pcae
+    """
+    from slurm.status import cancel as end
+    from slurm.status import find_runs
+
+    for folder in find_runs([run]):
+        typer.echo(end(folder, patience))
+
+
+def logs(
+    run: Run,
+    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Also what comes, until the job has ended.")] = False,
+) -> None:
+    """The log of a process of a submitted run.
+
+    Example: patchmill logs --follow runs/pcae
+    """
+    from slurm.status import find_runs
+    from slurm.status import follow as lines
+
+    for line in lines(find_runs([run])[0], rank, forever=follow):
+        typer.echo(line)

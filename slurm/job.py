@@ -1,0 +1,191 @@
+"""What runs inside a job: a supervisor for each task, and once they have ended the verdict whether the job comes back.
+
+Nothing here needs torch. submitit starts ``supervise`` in every task; the batch script calls ``python -m slurm.job`` on the
+job's first node when all tasks have ended, whatever ended them.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from data_prep.workers import die_with
+from pipeline.config import load_config
+
+CONFIG: Final = "slurm/config.yaml"  # as it was submitted
+ATTEMPTS: Final = "slurm/attempts.jsonl"
+EXITS: Final = "slurm/exits"
+CANCELLED: Final = "slurm/cancelled"
+FORWARDED: Final = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+STOPPED: Final = 75
+SETTLE_S: Final = 10.0  # for the other tasks to say what they saw, before Slurm ends them for this one's failure
+
+
+def attempt() -> str:
+    """This job and how often it was requeued, such as 4711-0."""
+    return f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+
+
+def append(run: Path, **fields: Any) -> None:
+    """A line of the run's attempts."""
+    with (run / ATTEMPTS).open("a") as file:
+        file.write(json.dumps({"time": time.time(), "attempt": attempt(), **fields}) + "\n")
+
+
+def attempts(run: Path) -> list[dict[str, Any]]:
+    """All lines; one that was cut off is left out."""
+    found = []
+    for line in (run / ATTEMPTS).read_text().splitlines() if (run / ATTEMPTS).exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest complete checkpoint; 0 without one."""
+    steps = [int(path.parent.name.split("-")[1]) for path in run.glob("checkpoints/step-*/complete.json")]
+    return max(steps, default=0)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's object; empty when it is not there or not whole."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Signals:
+    """Signals for this process, passed to ``child`` by a thread: they are not late when the main thread is in a long call."""
+
+    def __init__(self, child: "subprocess.Popen[bytes]") -> None:
+        """Takes the place of whatever handlers there are."""
+        self._child = child
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in FORWARDED:
+            signal.signal(number, lambda *_: None)  # the byte in the pipe is what counts
+        threading.Thread(target=self._forward, args=(reader,), name="signals", daemon=True).start()
+
+    def _forward(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
+            for number in numbers:
+                if number in FORWARDED and self._child.poll() is None:
+                    self._child.send_signal(number)
+
+
+def supervise(folder: str) -> None:
+    """Train in a child process until it ends; says how in the run folder. Raises RuntimeError when it failed."""
+    run, rank = Path(folder), int(os.environ.get("SLURM_PROCID", 0))
+    if rank == 0:
+        append(run, event="begin", nodes=os.environ.get("SLURM_JOB_NODELIST"),
+               step=newest_step(run))  # fmt: skip
+    parent = os.getpid()
+    child = subprocess.Popen([sys.executable, "-m", "pipeline", "train", str(run / CONFIG), *overrides(run)],
+                             preexec_fn=lambda: die_with(parent))  # fmt: skip
+    Signals(child)
+    while (code := child.poll()) is None:
+        time.sleep(0.1)
+    exits = run / EXITS
+    exits.mkdir(exist_ok=True)
+    record = {"rank": rank, "host": socket.gethostname(), "code": code, "time": time.time()}
+    (exits / f"{attempt()}-{rank}.json").write_text(json.dumps(record))
+    if code not in (0, STOPPED):
+        time.sleep(SETTLE_S)
+        raise RuntimeError(f"the trainer ended with exit code {code}")
+
+
+def overrides(run: Path) -> list[str]:
+    """Settings of the trainer that differ in a job: without a server only one process may write to MLflow's file."""
+    return ["tracking.uri=none"] if read_json(run / "slurm" / "job.json").get("tracking_waits") else []
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the job is to be requeued, why, and its exit code when it is not."""
+
+    requeue: bool
+    reason: str
+    code: int
+
+
+def judge(run: Path) -> Verdict:
+    """What becomes of a run whose processes have all ended."""
+    history = attempts(run)
+    begun = next(
+        (line for line in reversed(history) if line["event"] == "begin" and line["attempt"] == attempt()), None
+    )
+    why = read_json(run / "why_stopped.json")
+    fresh = (
+        begun is not None
+        and (run / "why_stopped.json").exists()
+        and os.stat(run / "why_stopped.json").st_mtime >= begun["time"]
+    )
+    exits = [read_json(path) for path in sorted((run / EXITS).glob(f"{attempt()}-*.json"))]
+    failed = [record for record in exits if record.get("code") not in (0, STOPPED, None)]
+    if fresh and why.get("done"):
+        return Verdict(False, "done", 0)
+    if any(record["code"] == 2 for record in failed):
+        return Verdict(False, "a mistake in the configuration or the input; see the log of the rank that says it", 2)
+    if (run / CANCELLED).exists():
+        return Verdict(False, "cancelled", STOPPED)
+    if exits and not failed and fresh:
+        return Verdict(True, str(why.get("reason", "a signal")), STOPPED)
+    first = min(failed, key=lambda record: record["time"], default=None)
+    told = "the job's processes were killed" if first is None else _told(first)
+    reason = f"{told}; {why['reason']}" if fresh and why.get("reason") else told
+    limit, crashes = load_config([run / CONFIG]).slurm.max_crashes, 1 + idle_crashes(history, newest_step(run))
+    if crashes >= limit:
+        return Verdict(False, f"{reason}; {crashes} crashes in a row without a newer checkpoint (slurm.max_crashes)", 1)
+    return Verdict(True, reason, 1)
+
+
+def _told(failed: dict[str, Any]) -> str:
+    """How a rank ended."""
+    code = failed["code"]
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"rank {failed['rank']} on {failed['host']} {how}"
+
+
+def idle_crashes(history: list[dict[str, Any]], step: int) -> int:
+    """Of the attempts before this one, how many last ones crashed and left the newest checkpoint at ``step``."""
+    count = 0
+    for line in reversed([line for line in history if line["event"] == "end"]):
+        if not line["crash"] or line["step"] != step:
+            break
+        count += 1
+    return count
+
+
+def end(run: Path) -> int:
+    """Judge, ask Slurm to requeue when that is the verdict, and say so; the exit code of the batch script."""
+    verdict, refusal = judge(run), ""
+    if verdict.requeue:
+        asked = subprocess.run(
+            ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
+        )
+        if "pending execution" in asked.stderr:  # the job was ended for that: this script ran while it was
+            verdict = Verdict(True, "requeued by Slurm: preempted, or scontrol requeue", STOPPED)
+        elif asked.returncode:
+            refusal = f"; Slurm refused the requeue ({asked.stderr.strip()}): submit the run again"
+    back = verdict.requeue and not refusal
+    append(
+        run, event="end", step=newest_step(run), reason=verdict.reason + refusal, requeue=back, crash=verdict.code == 1
+    )
+    sys.stderr.write(f"patchmill: {verdict.reason}{refusal}{'; requeued' if back else ''}\n")
+    return 0 if back else verdict.code
+
+
+if __name__ == "__main__":
+    sys.exit(end(Path(sys.argv[1])))

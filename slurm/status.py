@@ -1,0 +1,178 @@
+"""``patchmill status``, ``cancel`` and ``logs``: what became of submitted runs, read from their folders and from Slurm."""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from pipeline.config import UserError
+from slurm.job import CANCELLED, EXITS, STOPPED, attempts, read_json
+from slurm.submit import FOLDER, JOB, LIVE, slurm_state
+
+RECENT: Final = 50  # training lines that speak for the speed
+TAIL: Final = 5  # lines of the rank that failed first
+QUIET: Final = ("PENDING", "UNKNOWN")
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run's job as Slurm and the run folder have it. ``goodput``: seconds of steps that stayed over those since the start."""
+
+    run: Path
+    job: str
+    state: str
+    reason: str
+    step: int
+    total: int | None
+    loss: float | None
+    images_per_s: float | None
+    eta_s: float | None
+    restarts: int
+    lost_steps: int
+    goodput: float | None
+    why: str
+    tail: list[str]
+
+
+def find_runs(places: list[Path]) -> list[Path]:
+    """Submitted runs: the folders themselves, or those in a folder. Raises UserError where there is none."""
+    found = []
+    for place in places:
+        some = [place] if (place / JOB).is_file() else sorted(path.parents[1] for path in place.glob(f"*/{JOB}"))
+        if not some:
+            raise UserError(f"{place}: holds no run of `patchmill submit`, nor is it one")
+        found += some
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # the last one, while it is written
+            continue
+    return found
+
+
+def look(run: Path) -> Status:
+    """A run's status now."""
+    record, log = read_json(run / JOB), _lines(run / "log.jsonl")
+    job = str(record.get("job", ""))
+    state, reason = slurm_state(job) if job else ("UNKNOWN", "")
+    train = [line for line in log if line["kind"] == "train"]
+    total = next((line["total_steps"] for line in reversed(log) if line["kind"] in ("start", "resume")), None)
+    step = train[-1]["step"] if train else 0
+    seconds = [b["time"] - a["time"] for a, b in zip(train, train[1:], strict=False) if b["step"] == a["step"] + 1]
+    pace = median(seconds[-RECENT:]) if seconds else None
+    speed = median(line["images_per_s"] for line in train[-RECENT:]) if train else None
+    history = attempts(run)
+    begun = [line for line in history if line["event"] == "begin"]
+    spent = train[-1]["time"] - begun[0]["time"] if begun and train else None
+    why = read_json(run / "why_stopped.json")
+    told = next((line["reason"] for line in reversed(history) if line["event"] == "end"), "")
+    alive = state in LIVE and not why.get("done")
+    return Status(
+        run, job, state, reason, step, total, train[-1]["loss"] if train else None, speed,
+        (total - step) * pace if alive and pace and total else None, max(0, len(begun) - 1),
+        len(_lines(run / "log.discarded.jsonl")), min(1.0, pace * len(train) / spent) if pace and spent else None,
+        told or str(why.get("reason", "")), [] if why.get("done") or not begun else first_failure(run, begun[-1]["attempt"]),
+    )  # fmt: skip
+
+
+def first_failure(run: Path, attempt: str) -> list[str]:
+    """The last lines of the rank that failed first in an attempt; of none where none failed."""
+    exits = [read_json(path) for path in (run / EXITS).glob(f"{attempt}-*.json")]
+    failed = [record for record in exits if record.get("code") not in (0, STOPPED, None)]
+    if not failed:
+        return []
+    rank = min(failed, key=lambda record: record["time"])["rank"]
+    path = run / FOLDER / f"{attempt.split('-')[0]}_{rank}_log.out"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    # submitit's own report of it follows.
+    own = [line for line in lines if line.strip() and not line.startswith(("submitit ", "srun:", "slurmstepd:"))]
+    return [f"rank {rank}: {line}" for line in own[-TAIL:]]
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes // 60}:{minutes % 60:02d} h"
+        if minutes >= 60
+        else f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{minutes} min"
+    )
+
+
+def table(found: list[Status]) -> Any:
+    """A rich table, a row a run."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "job", "Slurm", "step", "loss", "images/s", "left", "restarts", "steps lost", "goodput"):
+        table.add_column(name, justify="left" if name in ("run", "job", "Slurm") else "right", no_wrap=True)
+    number = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
+    for run in found:
+        table.add_row(run.run.name, run.job, f"{run.state} ({run.reason})" if run.reason else run.state,
+                      f"{run.step}/{run.total or '-'}", number(run.loss, ".4f"), number(run.images_per_s, ".0f"),
+                      _duration(run.eta_s), str(run.restarts), str(run.lost_steps), number(run.goodput, ".0%"))  # fmt: skip
+    return table
+
+
+def replay(run: Path) -> str | None:
+    """Send what the job has logged to MLflow, where the job itself may not; a line when that fails."""
+    record = read_json(run / JOB)
+    if not record.get("tracking_waits") or not (run / "log.jsonl").exists():
+        return None
+    from pipeline.tracking import sync
+
+    try:
+        sync(run, record["tracking"])
+    except UserError as error:
+        return f"{run.name}: not sent to MLflow: {error}"
+    return None
+
+
+def cancel(run: Path, patience_s: float) -> str:
+    """Let a run save and end, and not come back; after ``patience_s`` it is ended all the same. Raises UserError without a job."""
+    job = str(read_json(run / JOB).get("job", ""))
+    state = slurm_state(job)[0] if job else "UNKNOWN"
+    if state not in LIVE:
+        raise UserError(f"{run}: has no job that could be cancelled ({state.lower()})")
+    (run / CANCELLED).touch()
+    if state == "RUNNING":
+        subprocess.run(["scancel", "--signal=USR2", job], check=False, timeout=60)
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            if slurm_state(job)[0] not in LIVE:
+                return f"job {job} has saved and ended at step {look(run).step}"
+            time.sleep(0.5)
+    subprocess.run(["scancel", job], check=False, timeout=60)
+    late = f" and had not ended after {patience_s:g} s" if state == "RUNNING" else ""
+    return f"job {job} is cancelled; it was {state.lower()}{late}"
+
+
+def follow(run: Path, rank: int, *, forever: bool) -> Iterator[str]:
+    """Lines of a rank's log of the newest job; ``forever``: those to come too, until the job has ended."""
+    job = str(read_json(run / JOB).get("job", ""))
+    path = run / FOLDER / f"{job}_{rank}_log.out"
+    if not path.exists() and not (forever and job and slurm_state(job)[0] in LIVE):
+        raise UserError(f"{path}: is not there; the job has not started, or has no rank {rank}")
+    position, ended = 0, False
+    while True:
+        if path.exists():
+            with path.open(errors="replace") as file:
+                file.seek(position)
+                yield from (line.rstrip("\n") for line in file)
+                position = file.tell()
+        if ended or not forever:
+            return
+        ended = slurm_state(job)[0] not in LIVE  # what it wrote last is still read
+        time.sleep(1.0)
