@@ -49,7 +49,7 @@ def status(runs: Runs) -> None:
     console.print(table(found))
     for run in found:
         if run.why:
-            console.print(f"{run.run.name}: {run.why}")
+            console.print(f"{run.run.name} stopped last: {run.why}")
         for line in run.tail:
             console.print(f"  {line}")
     for folder in find_runs(runs):

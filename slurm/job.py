@@ -86,7 +86,7 @@ class Signals:
 
 
 def supervise(folder: str) -> None:
-    """Train in a child process until it ends; says how in the run folder. Raises RuntimeError when it failed."""
+    """Train in a child process until it ends; says how in the run folder. Raises SystemExit when it failed."""
     run, rank = Path(folder), int(os.environ.get("SLURM_PROCID", 0))
     if rank == 0:
         append(run, event="begin", nodes=os.environ.get("SLURM_JOB_NODELIST"),
@@ -103,7 +103,7 @@ def supervise(folder: str) -> None:
     (exits / f"{attempt()}-{rank}.json").write_text(json.dumps(record))
     if code not in (0, STOPPED):
         time.sleep(SETTLE_S)
-        raise RuntimeError(f"the trainer ended with exit code {code}")
+        raise SystemExit(1)  # submitit would make a traceback of anything else
 
 
 def overrides(run: Path) -> list[str]:
@@ -132,17 +132,20 @@ def judge(run: Path) -> Verdict:
         and (run / "why_stopped.json").exists()
         and os.stat(run / "why_stopped.json").st_mtime >= begun["time"]
     )
-    exits = [read_json(path) for path in sorted((run / EXITS).glob(f"{attempt()}-*.json"))]
-    failed = [record for record in exits if record.get("code") not in (0, STOPPED, None)]
+    exits = sorted(
+        filter(None, map(read_json, (run / EXITS).glob(f"{attempt()}-*.json"))), key=lambda record: record["time"]
+    )
+    failed = [record for record in exits if record["code"] not in (0, STOPPED)]
     if fresh and why.get("done"):
         return Verdict(False, "done", 0)
-    if any(record["code"] == 2 for record in failed):
+    # Where a process was killed, others may take its absence for a mistake.
+    if failed and failed[0]["code"] == 2 and all(record["code"] > 0 for record in failed):
         return Verdict(False, "a mistake in the configuration or the input; see the log of the rank that says it", 2)
     if (run / CANCELLED).exists():
         return Verdict(False, "cancelled", STOPPED)
     if exits and not failed and fresh:
         return Verdict(True, str(why.get("reason", "a signal")), STOPPED)
-    first = min(failed, key=lambda record: record["time"], default=None)
+    first = min(failed, key=lambda record: (record["code"] > 0, record["time"]), default=None)
     told = "the job's processes were killed" if first is None else _told(first)
     reason = f"{told}; {why['reason']}" if fresh and why.get("reason") else told
     limit, crashes = load_config([run / CONFIG]).slurm.max_crashes, 1 + idle_crashes(history, newest_step(run))

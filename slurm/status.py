@@ -90,7 +90,9 @@ def first_failure(run: Path, attempt: str) -> list[str]:
     failed = [record for record in exits if record.get("code") not in (0, STOPPED, None)]
     if not failed:
         return []
-    rank = min(failed, key=lambda record: record["time"])["rank"]
+    rank = min(failed, key=lambda record: (record["code"] > 0, record["time"]))[
+        "rank"
+    ]  # one that was killed is the cause
     path = run / FOLDER / f"{attempt.split('-')[0]}_{rank}_log.out"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     # submitit's own report of it follows.
