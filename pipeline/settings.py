@@ -296,10 +296,10 @@ class SlurmConfig(Section):
     """The job of ``patchmill submit``: sbatch's options by their names, and what brings a run back.
 
     ``gpus_per_node``: one process each; without GPUs ``tasks_per_node`` processes. ``gpu`` is the GPU's name in
-    ``configs/gpus.yaml``: with it, memory is checked before anything is queued. ``time`` as sbatch has it, a number being minutes. ``setup`` are
-    commands before the start, ``environment`` variables, ``directives`` any other option of sbatch. Slurm asks a job to
-    save ``signal_lead_s`` before its time is up: by default three times the longest save of the run so far and two
-    minutes more. After ``max_crashes`` crashes in a row with no newer checkpoint the job is not requeued any more.
+    ``configs/gpus.yaml``: with it, memory is checked before anything is queued. ``time`` as sbatch has it, a number being
+    minutes. ``setup`` are commands before the start, ``environment`` variables, ``directives`` any other option of sbatch.
+    Slurm asks a job to save ``signal_lead_s`` before its time is up: by default three times the longest save of the run so
+    far and two minutes more. After ``max_crashes`` crashes in a row with no newer checkpoint it is not requeued any more.
     """
 
     partition: str | None = None

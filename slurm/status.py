@@ -1,7 +1,6 @@
 """``patchmill status``, ``cancel`` and ``logs``: what became of submitted runs, read from their folders and from Slurm."""
 
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Final
 
 from pipeline.config import UserError
 from slurm.job import CANCELLED, EXITS, STOPPED, attempts, read_json
-from slurm.submit import FOLDER, JOB, LIVE, slurm_state
+from slurm.submit import FOLDER, JOB, LIVE, ask, slurm_state
 
 RECENT: Final = 50  # training lines that speak for the speed
 TAIL: Final = 5  # lines of the rank that failed first
@@ -150,13 +149,13 @@ def cancel(run: Path, patience_s: float) -> str:
         raise UserError(f"{run}: has no job that could be cancelled ({state.lower()})")
     (run / CANCELLED).touch()
     if state == "RUNNING":
-        subprocess.run(["scancel", "--signal=USR2", job], check=False, timeout=60)
+        ask("scancel", "--signal=USR2", job)
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             if slurm_state(job)[0] not in LIVE:
                 return f"job {job} has saved and ended at step {look(run).step}"
             time.sleep(0.5)
-    subprocess.run(["scancel", job], check=False, timeout=60)
+    ask("scancel", job)
     late = f" and had not ended after {patience_s:g} s" if state == "RUNNING" else ""
     return f"job {job} is cancelled; it was {state.lower()}{late}"
 

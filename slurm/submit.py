@@ -160,6 +160,9 @@ def _configuration(cfg: Config) -> list[str]:
 
 def _processes(cfg: Config) -> Iterator[str]:
     world, batch, micro = cfg.slurm.world, cfg.train.global_batch, cfg.train.micro_batch
+    if cfg.slurm.gpus_per_node and cfg.slurm.tasks_per_node != 1:
+        raise UserError(f"slurm.tasks_per_node = {cfg.slurm.tasks_per_node}: is for jobs without GPUs, else each GPU has "
+                        "one process; leave it out")  # fmt: skip
     if cfg.engine.name == "single" and world > 1:
         raise UserError(f"engine.name = single: the job has {world} processes (slurm.nodes, gpus_per_node, tasks_per_node); "
                         "set engine.name=ddp, fsdp2, hsdp or deepspeed")  # fmt: skip
@@ -231,30 +234,28 @@ def _refusal(script: str) -> Iterator[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
-        asked = subprocess.run(
-            ["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False, timeout=60
-        )
-    if asked.returncode:
-        said = " ".join(
-            line.removeprefix("sbatch: error:").removeprefix("allocation failure:").strip()
-            for line in asked.stderr.splitlines()
-        )
-        yield f"slurm: {said}"
+        code, said = ask("sbatch", "--test-only", file.name)
+    if code:
+        lines = (line.removeprefix("sbatch: error:").strip() for line in said.splitlines())
+        yield "slurm: " + " ".join(line.removeprefix("allocation failure:").strip() for line in lines)
+
+
+def ask(*command: str) -> tuple[int, str]:
+    """(exit code, output) of a command of Slurm's, errors included; a controller that does not answer is given a minute."""
+    done = subprocess.run(
+        ["timeout", "60", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    return done.returncode, done.stdout or f"no answer to {command[0]} in a minute"
 
 
 def slurm_state(job: str) -> tuple[str, str]:
     """(state, reason) of a job: squeue's, and sacct's once it is gone there; UNKNOWN where neither knows it."""
-    asked = subprocess.run(
-        ["squeue", "-h", "-j", job, "-o", "%T|%r"], capture_output=True, text=True, check=False, timeout=60
-    )
-    if asked.returncode == 0 and asked.stdout.strip():
-        state, _, reason = asked.stdout.strip().splitlines()[0].partition("|")
+    code, said = ask("squeue", "-h", "-j", job, "-o", "%T|%r")
+    if code == 0 and "|" in said:
+        state, _, reason = said.splitlines()[0].partition("|")
         return state, "" if reason == "None" else reason
-    asked = subprocess.run(
-        ["sacct", "-X", "-n", "-P", "-j", job, "-o", "State"], capture_output=True, text=True, check=False, timeout=60
-    )
-    lines = asked.stdout.split("\n")
-    return (lines[0].split()[0] if lines and lines[0].split() else "UNKNOWN"), ""
+    code, said = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
+    return (said.split()[0] if code == 0 and said.split() and said.split()[0].isupper() else "UNKNOWN"), ""
 
 
 def submit(cfg: Config) -> str:

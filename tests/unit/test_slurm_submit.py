@@ -1,0 +1,210 @@
+"""What is known before a run is queued, its batch script, and what status reads; without Slurm."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config, ConfigError, UserError, load_config
+from slurm import status, submit
+from slurm.submit import plan, signal_lead, slurm_state, snapshot, snapshot_name
+
+
+@pytest.fixture
+def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a job's configuration; Slurm is not on this host."""
+    monkeypatch.setattr(submit.shutil, "which", lambda name: None if name == "sbatch" else f"/usr/bin/{name}")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+    def make(*settings: str, files: tuple[str, ...] = ("cifar10/mae", "engine/ddp")) -> Config:
+        common = ["data.loader=synthetic", "data.num_samples=320", f"run.dir={tmp_path / 'a run'}", "slurm.nodes=2",
+                  "slurm.tasks_per_node=2"]  # fmt: skip
+        return load_config(list(files), [*common, *settings])
+
+    return make
+
+
+def problems(cfg: Config, *, queue: bool = False) -> list[str]:
+    with pytest.raises(ConfigError) as found:
+        plan(cfg, queue=queue)
+    return found.value.problems
+
+
+def test_a_script_says_what_was_asked(cfg, tmp_path: Path) -> None:
+    ready = plan(cfg("slurm.partition=gpu", "slurm.account=lab", "slurm.qos=high", "slurm.constraint=a100", "slurm.gpus_per_node=4",
+                     "slurm.tasks_per_node=1", "slurm.cpus_per_task=8", "slurm.mem=120G", "slurm.time=2:30:00",
+                     "slurm.directives={exclude: 'n[7-9]', exclusive: true}", "slurm.setup=[module load cuda]",
+                     "slurm.environment={NCCL_DEBUG: 'a b'}"), queue=False)  # fmt: skip
+    lines = ready.script.splitlines()
+    for option in ("partition=gpu", "account=lab", "qos=high", "constraint=a100", "gpus-per-node=4", "ntasks-per-node=4", "nodes=2",
+                   "cpus-per-task=8", "mem=120G", "time=2:30:00", "exclude='n[7-9]'", "exclusive", "requeue", "signal=USR2@120",
+                   "open-mode=append"):  # fmt: skip
+        assert f"#SBATCH --{option}" in lines
+    assert "module load cuda" in lines and "export NCCL_DEBUG='a b'" in lines
+    run = next(line for line in lines if line.startswith("srun "))
+    assert "--kill-on-bad-exit=1" in run and "--cpus-per-task=8" in run
+    trap = next(i for i, line in enumerate(lines) if line.startswith("trap "))
+    assert trap < lines.index(run) and f"slurm.job '{tmp_path}/a run'" in lines[trap].replace("'\\''", "'").replace(
+        '"', "'"
+    )
+    subprocess.run(["bash", "-n"], input=ready.script.encode(), check=True)
+    assert not (tmp_path / "a run").exists(), "a plan leaves nothing"
+    assert "slurm: not asked, sbatch is not on this host" in ready.lines
+
+
+def test_a_time_is_no_number_in_base_60(cfg) -> None:
+    assert cfg("slurm.time=1:30:00").slurm.time == "1:30:00" and cfg("slurm.time=90").slurm.time == 90
+    assert cfg("slurm.time=12:30").slurm.time == "12:30"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [(["engine.name=single"], "engine.name = single: the job has 4 processes"),
+     (["train.global_batch=30"], "train.global_batch = 30: should be a multiple of the job's 4 processes"),
+     (["train.micro_batch=32"], "train.micro_batch = 32: should divide 16"),
+     (["engine.name=hsdp", "engine.shard_size=3"], "engine.shard_size = 3: should divide the 4 processes"),
+     (["engine.precision=fp16"], "engine.precision = fp16: needs GPUs"),
+     (["slurm.gpus_per_node=2"], "slurm.tasks_per_node = 2: is for jobs without GPUs"),
+     (["tracking.uri=sqlite:///m.db"], "a file is not for several hosts"),
+     (["slurm.gpu=T9"], "T9: is in no table")],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_slurm_is_asked(cfg, settings, said) -> None:
+    assert any(said in problem for problem in problems(cfg(*settings))), problems(cfg(*settings))
+
+
+def test_all_problems_come_at_once_and_queueing_needs_slurm(cfg, tmp_path) -> None:
+    (tmp_path / "no").touch()
+    found = problems(cfg("engine.name=single", "tracking.uri=sqlite:///m.db", "slurm.gpu=T9"), queue=True)
+    assert len(found) == 4 and found[-1].startswith("sbatch is not on this host")
+
+
+def test_a_missing_beton_is_named(cfg, tmp_path) -> None:
+    assert any(
+        "no.beton" in problem for problem in problems(cfg("data.loader=ffcv", f"data.train={tmp_path}/no.beton"))
+    )
+
+
+def test_memory_is_predicted_for_the_gpu(cfg) -> None:
+    files = ("imagenet/mae_vit_h", "engine/ddp")
+    common = [
+        "slurm.gpu=V100",
+        "slurm.gpus_per_node=4",
+        "slurm.tasks_per_node=1",
+        "train.micro_batch=auto",
+        "engine.precision=bf16",
+    ]
+    assert any(
+        "are predicted to fit a V100" in line for line in problems(cfg(*common, "train.global_batch=4096", files=files))
+    )
+    ready = plan(cfg(*common, "train.global_batch=8", "engine.checkpoint_layers=full", files=files), queue=False)
+    assert any(line.startswith("memory: micro-batches of 1 images") for line in ready.lines)
+
+
+def test_a_full_disk_is_seen(cfg, monkeypatch) -> None:
+    monkeypatch.setattr(submit.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
+    assert any("0.00 GiB are free; make room" in problem for problem in problems(cfg()))
+
+
+def test_the_lead_follows_the_longest_save(cfg, tmp_path: Path) -> None:
+    assert signal_lead(cfg()) == 120 and signal_lead(cfg("slurm.signal_lead_s=30")) == 30
+    (tmp_path / "a run").mkdir()
+    lines = [{"kind": "checkpoint", "seconds": s, "saved": True} for s in (20.0, 50.5, 1.0)] + [
+        {"kind": "checkpoint", "saved": False}
+    ]
+    (tmp_path / "a run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert signal_lead(cfg()) == 120 + 151
+
+
+def test_a_snapshot_is_the_tree_with_what_is_not_committed(tmp_path: Path) -> None:
+    tree, target = tmp_path / "tree", tmp_path / "copy"
+    (tree / "sub").mkdir(parents=True)
+    git = lambda *words: subprocess.run(
+        ["git", "-C", str(tree), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True
+    )  # noqa: E731
+    git("init", "-q")
+    (tree / "sub" / "kept.py").write_text("1")
+    (tree / ".gitignore").write_text("ignored\n")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    name = snapshot_name(tree)[0]
+    (tree / "ignored").write_text("secret")
+    assert snapshot_name(tree)[0] == name
+    (tree / "sub" / "kept.py").write_text("2")
+    (tree / "new.py").write_text("3")
+    other, files = snapshot_name(tree)
+    assert other != name
+    snapshot(tree, target, files)
+    assert (
+        (target / "sub" / "kept.py").read_text() == "2"
+        and (target / "new.py").exists()
+        and not (target / "ignored").exists()
+    )
+    assert len((target / "COMMIT").read_text().strip()) == 40 and "+2" in (target / "UNCOMMITTED.diff").read_text()
+    snapshot(tree, target, ["gone"])  # it is there: nothing is done
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_dry_run_needs_neither_torch_nor_slurm(tmp_path: Path) -> None:
+    code = ("import sys\nfrom pipeline.cli import main\n"
+            f"sys.argv = ['patchmill', 'submit', '--dry-run', 'cifar10/mae', 'data.loader=synthetic', 'data.num_samples=64', "
+            f"'run.dir={tmp_path}/r']\n"
+            "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code in (0, None), stop.code\n"
+            "assert not {'torch', 'mlflow', 'ffcv', 'matplotlib'} & sys.modules.keys()\n")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          env={"PATH": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --job-name=r" in done.stdout and "job: 1 processes on 1 nodes" in done.stdout
+
+
+def test_slurms_word_is_squeues_and_then_sacct_s(monkeypatch) -> None:
+    answers = {"squeue": (0, "PENDING|BeginTime\n"), "sacct": (0, "CANCELLED by 0\n")}
+    monkeypatch.setattr(submit, "ask", lambda name, *_: answers[name])
+    assert slurm_state("7") == ("PENDING", "BeginTime")
+    answers["squeue"] = (1, "slurm_load_jobs error: Invalid job id specified\n")
+    assert slurm_state("7") == ("CANCELLED", "")
+    for nothing in ((0, ""), (1, "Slurm accounting storage is disabled"), (124, "no answer to sacct in a minute")):
+        answers["sacct"] = nothing
+        assert slurm_state("7") == ("UNKNOWN", "")
+
+
+def test_status_is_what_the_log_and_slurm_say(tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "runs" / "one"
+    (run / "slurm" / "exits").mkdir(parents=True)
+    now = time.time()
+    (run / "slurm" / "job.json").write_text(json.dumps({"job": "7", "world": 2}))
+    log = [{"kind": "start", "time": now - 100, "total_steps": 100}]
+    log += [
+        {"kind": "train", "time": now - 90 + 2 * k, "step": k + 1, "loss": 1.0 / (k + 1), "images_per_s": 8.0}
+        for k in range(40)
+    ]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log) + '{"kind": "tr')
+    (run / "log.discarded.jsonl").write_text(json.dumps({"kind": "train", "step": 9}) + "\n")
+    events = [("begin", 0), ("end", 1), ("begin", 1)]
+    lines = [
+        {"time": now - 100, "attempt": f"7-{n}", "event": event, "step": 0, "reason": "rank 1 was killed"}
+        for event, n in events
+    ]
+    (run / "slurm" / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for rank, code in ((0, 1), (1, -9)):
+        (run / "slurm" / "exits" / f"7-1-{rank}.json").write_text(
+            json.dumps({"rank": rank, "code": code, "time": rank})
+        )
+    (run / "slurm" / "7_1_log.out").write_text("one\ntwo\nsubmitit ERROR\nsrun: error: x\n")
+    monkeypatch.setattr(status, "slurm_state", lambda job: ("RUNNING", ""))
+    assert status.find_runs([tmp_path / "runs"]) == [run] == status.find_runs([run])
+    found = status.look(run)
+    assert (found.step, found.total, found.restarts, found.lost_steps, found.images_per_s) == (40, 100, 1, 1, 8.0)
+    assert found.eta_s == pytest.approx(120, rel=0.01) and found.goodput == pytest.approx(80 / 88, rel=0.02)
+    assert found.why == "rank 1 was killed" and found.tail == ["rank 1: one", "rank 1: two"]
+    monkeypatch.setattr(status, "slurm_state", lambda job: ("FAILED", ""))
+    assert status.look(run).eta_s is None
+    with pytest.raises(UserError, match="holds no run"):
+        status.find_runs([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="has no job that could be cancelled"):
+        status.cancel(run, 1)
