@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup quickstart test test-all lint bench
+.PHONY: setup quickstart test test-all slurm-packages test-slurm test-slurm-all lint bench
 
 setup: $(READY)
 
@@ -18,6 +18,16 @@ test: setup
 
 test-all: setup
 	@time $(BIN)/pytest
+
+# What tests/slurm starts a cluster of; without it they skip, as they do unless root runs them.
+slurm-packages:
+	@bash .ci/slurm-packages
+
+test-slurm: setup
+	@time $(BIN)/pytest -rs -m "not slow" tests/slurm
+
+test-slurm-all: setup
+	@time $(BIN)/pytest -rs tests/slurm
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

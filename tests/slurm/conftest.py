@@ -1,0 +1,82 @@
+"""A real Slurm cluster for the tests of this folder: they skip where it cannot be, and fail where it does not start."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.cluster import Cluster, wait_for, why_not
+
+HERE = Path(__file__).parent
+FOLDER = (
+    Path(tempfile.gettempdir()) / "patchmill-slurm-tests"
+)  # always the same: the next run finds what a killed one left
+RUNNING = pytest.StashKey[Cluster]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These come last, so that the cluster does not run beside all other tests: it is stopped when the session ends."""
+    items.sort(key=lambda item: HERE in item.path.parents)
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The running cluster, for all tests; SLURM_CONF in the environment leads Slurm's commands to it."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with socket.socket(socket.AF_UNIX) as lock:
+        wait_for("the end of another run of these tests", 240, lambda: _takes(lock))
+        cluster = Cluster(FOLDER)
+        cluster.stop()  # what a killed run left
+        with pytest.MonkeyPatch.context() as patch:
+            try:
+                cluster.start()
+                for name, value in cluster.environment.items():
+                    patch.setenv(name, value)
+                request.config.stash[RUNNING] = cluster
+                yield cluster
+            finally:
+                cluster.stop()
+        assert _left_over(cluster) == []
+
+
+@pytest.fixture(autouse=True)
+def in_order(cluster: Cluster) -> Iterator[None]:
+    """The next test finds both nodes up and no job."""
+    yield
+    cluster.repair()
+    cluster.cancel_all()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Shows the ends of the cluster's logs with a failed test."""
+    report = yield
+    if report.failed and HERE in item.path.parents and RUNNING in item.config.stash:
+        report.sections.append(("logs of the Slurm cluster", item.config.stash[RUNNING].logs()))
+    return report
+
+
+def _takes(lock: socket.socket) -> bool:
+    """Whether this run has the machine: an abstract name, unlike a file, is gone when its process is."""
+    try:
+        lock.bind("\0patchmill-slurm-tests")
+    except OSError:
+        return False
+    return True
+
+
+def _left_over(cluster: Cluster) -> list[str]:
+    """Processes of the cluster and its jobs that are still there, except this process and those it is of."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(cluster.folder) in f"{process.cmdline()} {process.environ()}" and process.pid != os.getpid():
+                found.append(f"{process.pid} {process.cmdline()}")
+        except psutil.Error:
+            continue
+    return found
