@@ -48,7 +48,7 @@ def status(runs: Runs) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
     console.print(table(found))
     for run in found:
-        if run.why:
+        if run.why not in ("", "done"):
             console.print(f"{run.run.name} stopped last: {run.why}")
         for line in run.tail:
             console.print(f"  {line}")

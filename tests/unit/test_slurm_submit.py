@@ -124,9 +124,10 @@ def test_the_lead_follows_the_longest_save(cfg, tmp_path: Path) -> None:
 def test_a_snapshot_is_the_tree_with_what_is_not_committed(tmp_path: Path) -> None:
     tree, target = tmp_path / "tree", tmp_path / "copy"
     (tree / "sub").mkdir(parents=True)
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(tree), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True
-    )  # noqa: E731
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tree), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+
     git("init", "-q")
     (tree / "sub" / "kept.py").write_text("1")
     (tree / ".gitignore").write_text("ignored\n")

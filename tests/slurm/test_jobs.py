@@ -1,0 +1,264 @@
+"""Runs on the cluster: submitted once, they come back from whatever is done to them, and compute what they would have."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.slurm.cluster import Cluster, wait_for
+
+pytestmark = pytest.mark.timeout(600)
+
+STEPS, EARLY = 100, 25
+SETTINGS = ["cifar10/mae", "data.loader=synthetic", "data.num_samples=320", "train.global_batch=16", "train.epochs=5",
+            "data.threads=1", "checkpoint.every_steps=20", "guard.hang_s=20", "slurm.nodes=2", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1",
+            "slurm.mem=3G", "slurm.time=60", "slurm.environment={OMP_NUM_THREADS: '1'}"]  # fmt: skip
+
+
+def patchmill(*words: str, code: int = 0) -> str:
+    """What the command prints."""
+    done = subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, check=False, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = []
+    for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if line["kind"] == kind]
+
+
+def curve(run: Path) -> dict[int, tuple[float, float]]:
+    """(loss, gradient norm) of each step, of which there is exactly one line."""
+    train = lines(run, "train")
+    assert [line["step"] for line in train] == list(range(1, STEPS + 1))
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in train}
+
+
+def job_of(run: Path) -> str:
+    return str(json.loads((run / "slurm" / "job.json").read_text())["job"])
+
+
+def ended(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "slurm" / "attempts.jsonl").read_text().splitlines()]
+    return [line for line in found if line["event"] == "end"]
+
+
+def start(run: Path, *settings: str, engine: str = "engine/ddp") -> str:
+    patchmill("submit", *SETTINGS, engine, f"run.dir={run}", *settings)
+    return job_of(run)
+
+
+def trains(run: Path, step: int = EARLY) -> None:
+    wait_for(f"step {step} of {run.name}", 120, lambda: any(line["step"] >= step for line in lines(run, "train")))
+
+
+def finish(cluster: Cluster, run: Path, timeout: float = 240) -> None:
+    """Requeued jobs are let go at once, until this one has ended for good."""
+    with cluster.releasing():
+        wait_for(
+            f"the end of {run.name}",
+            timeout,
+            lambda: job_of(run) not in cluster.run("squeue", "-h", "-o", "%i").split(),
+        )
+    assert json.loads((run / "why_stopped.json").read_text())["done"], patchmill("status", str(run))
+
+
+def trainer(job: str, rank: int) -> psutil.Process:
+    """The trainer's process of a rank."""
+    for process in psutil.process_iter():
+        try:
+            if "pipeline" in (words := process.cmdline()) and "train" in words:
+                env = process.environ()
+                if (env.get("SLURM_JOB_ID"), env.get("SLURM_PROCID")) == (job, str(rank)):
+                    return process
+        except psutil.Error:
+            continue
+    raise AssertionError(f"rank {rank} of job {job} is not there")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("jobs") / "undisturbed"
+    start(run)
+    finish(cluster, run)
+    return run
+
+
+def test_two_hosts_of_two_compute_what_one_host_of_four_does(undisturbed: Path, tmp_path: Path) -> None:
+    local = [word for word in SETTINGS if not word.startswith("slurm.")]
+    patchmill("train", *local, "engine/ddp", "--nproc", "4", f"run.dir={tmp_path / 'local'}", "tracking.uri=none")
+    found, expected = curve(undisturbed), curve(tmp_path / "local")
+    assert all(found[step] == pytest.approx(expected[step], rel=1e-5) for step in expected)
+    hosts = {json.loads(path.read_text())["host"] for path in (undisturbed / "slurm" / "exits").iterdir()}
+    assert hosts == {"n1", "n2"} and [line["reason"] for line in ended(undisturbed)] == ["done"]
+
+
+def test_status_tells_and_sends_the_run_to_mlflow_once(undisturbed: Path) -> None:
+    database = undisturbed.parent / "mlflow.db"
+    assert not database.exists(), "a job writes no file of MLflow's"
+    for _ in range(2):
+        said = patchmill("status", str(undisturbed.parent))
+    assert f"{STEPS}/{STEPS}" in said and "COMPLETED" in said
+    with sqlite3.connect(database) as found:
+        runs = found.execute("select count(*), min(status) from runs").fetchone()
+        points = found.execute("select count(*), count(distinct step) from metrics where key like '%loss'").fetchone()
+    assert runs == (1, "FINISHED") and points[0] == points[1] >= STEPS
+
+
+@pytest.mark.parametrize("engine", ["engine/fsdp2", "engine/zero2"])
+def test_other_engines_run_on_several_hosts(engine: str, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, engine=engine)
+    finish(cluster, run)
+    found, expected = curve(run), curve(undisturbed)
+    assert all(found[step] == pytest.approx(expected[step], rel=1e-4) for step in expected)
+
+
+Disturb = Callable[[Cluster, str], object]
+
+
+def usr2(cluster: Cluster, job: str) -> None:
+    cluster.run("scancel", "--signal=USR2", job)
+
+
+def requeue(cluster: Cluster, job: str) -> None:
+    cluster.run("scontrol", "requeue", job)
+
+
+def kill_a_rank(_: Cluster, job: str) -> None:
+    trainer(job, 2).send_signal(signal.SIGKILL)
+
+
+def kill_a_supervisor(_: Cluster, job: str) -> None:
+    supervisor = trainer(job, 0).parent()
+    assert supervisor is not None and "submitit" in " ".join(supervisor.cmdline())
+    supervisor.kill()
+
+
+def stop_a_rank(_: Cluster, job: str) -> None:
+    trainer(job, 2).send_signal(signal.SIGSTOP)
+
+
+def crash_a_node(cluster: Cluster, _: str) -> None:
+    cluster.crash("n2")
+    cluster.boot("n2")
+
+
+def kill_slurmd(cluster: Cluster, _: str) -> None:
+    cluster.kill_slurmd("n2")
+    cluster.start_slurmd("n2")
+
+
+SIGNALLED = {usr2: "stopped by SIGUSR2", requeue: "requeued by Slurm"}
+CRASHED = {
+    kill_a_rank: "rank 2 on n2 was killed by SIGKILL",
+    kill_a_supervisor: "",
+    stop_a_rank: "rank 2 on n2 does not answer",
+}
+
+
+def slow(some: dict[Disturb, str], *quick: Disturb) -> Iterator[Any]:
+    for disturb, reason in some.items():
+        yield pytest.param(disturb, reason, id=disturb.__name__, marks=() if disturb in quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("disturb", "reason"), [*slow(SIGNALLED, usr2, requeue)])
+def test_a_run_that_is_asked_to_stop_loses_no_step(disturb, reason, cluster, undisturbed, tmp_path) -> None:
+    run = tmp_path / "run"
+    job = start(run)
+    trains(run)
+    disturb(cluster, job)
+    finish(cluster, run)
+    assert curve(run) == curve(undisturbed) and not (run / "log.discarded.jsonl").exists()
+    first, last = ended(run)
+    assert reason in first["reason"] and not first["crash"] and last["reason"] == "done"
+
+
+@pytest.mark.parametrize(("disturb", "reason"), [*slow(CRASHED, kill_a_rank)])
+def test_a_run_that_crashes_goes_on_from_its_checkpoint(disturb, reason, cluster, undisturbed, tmp_path) -> None:
+    run = tmp_path / "run"
+    job = start(run)
+    trains(run)
+    disturb(cluster, job)
+    finish(cluster, run)
+    assert curve(run) == curve(undisturbed)
+    first, last = ended(run)
+    assert reason in first["reason"] and first["crash"] and last["reason"] == "done"
+    assert [line["step"] for line in lines(run, "resume")] == [first["step"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disturb", [crash_a_node, kill_slurmd])
+def test_a_host_that_fails_costs_no_more_than_a_crash(disturb, cluster, undisturbed, tmp_path) -> None:
+    run = tmp_path / "run"
+    job = start(run)
+    trains(run)
+    disturb(cluster, job)
+    finish(cluster, run, timeout=400)
+    assert curve(run) == curve(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_preempted_run_comes_back(cluster, undisturbed, tmp_path) -> None:
+    run = tmp_path / "run"
+    start(run, "slurm.partition=low", "slurm.directives={exclusive: true}")
+    trains(run)
+    cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "--wrap", "sleep 5", "-o", "/dev/null")
+    finish(cluster, run)
+    assert curve(run) == curve(undisturbed) and len(ended(run)) == 2
+
+
+@pytest.mark.slow
+def test_a_run_without_progress_is_given_up(cluster, tmp_path) -> None:
+    run = tmp_path / "run"
+    job = start(run, "checkpoint.every_steps=1000", "slurm.max_crashes=2")
+    with cluster.releasing():
+        for number in (1, 2):
+            wait_for(
+                "steps", 120, lambda number=number: len(lines(run, "start")) >= number and len(lines(run, "train")) > 5
+            )
+            kill_a_rank(cluster, job)
+            wait_for("the verdict", 120, lambda number=number: len(ended(run)) == number)
+    assert "2 crashes in a row without a newer checkpoint" in ended(run)[-1]["reason"]
+    assert "2 crashes in a row" in patchmill("status", str(run))
+
+
+def test_cancel_saves_and_the_next_submit_goes_on(cluster, undisturbed, tmp_path) -> None:
+    run = tmp_path / "run"
+    start(run)
+    trains(run)
+    assert "is running; patchmill cancel" in patchmill("submit", *SETTINGS, "engine/ddp", f"run.dir={run}", code=2)
+    assert "has saved and ended at step" in patchmill("cancel", str(run))
+    assert [(line["reason"], line["requeue"]) for line in ended(run)] == [("cancelled", False)]
+    start(run)
+    finish(cluster, run)
+    assert curve(run) == curve(undisturbed) and not (run / "log.discarded.jsonl").exists()
+    assert f"done at step {STEPS}" in patchmill("logs", str(run))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [(["slurm.time=9-00:00:00"], "time limit"), (["slurm.partition=nope"], "invalid partition"), (["slurm.nodes=9", "train.global_batch=18"], "slurm: "),
+     (["slurm.gpus_per_node=7", "slurm.tasks_per_node=1", "train.global_batch=14"], "slurm: "),
+     (["slurm.gpus=2"], "slurm.gpus: there is no such setting"), (["data.loader=ffcv", "data.train=/no.beton"], "no.beton"),
+     (["tracking.uri=sqlite:////m.db"], "a file is not for several hosts"),
+     (["slurm.gpu=V100", "slurm.gpus_per_node=2", "slurm.tasks_per_node=1", "model.name=vit_h", "data.image_size=224",
+       "model.patch_size=14", "train.global_batch=8192", "train.epochs=800"], "are predicted to fit a V100")],
+)  # fmt: skip
+def test_what_cannot_run_is_not_queued(settings, said, cluster, tmp_path) -> None:
+    assert said in patchmill("submit", *SETTINGS, "engine/ddp", f"run.dir={tmp_path / 'run'}", *settings, code=2)
+    assert not (tmp_path / "run").exists() and cluster.run("squeue", "-h").strip() == ""
