@@ -33,6 +33,11 @@ def _strict(value: Any) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """Strict JSON; a float that is not finite becomes the string NaN, Infinity or -Infinity."""
+    return json.dumps(_walk(value, _strict), allow_nan=False, **options)
+
+
 def _number(value: Any) -> Any:
     return NONFINITE.get(value, value) if isinstance(value, str) else value
 
@@ -95,7 +100,7 @@ class RunLog:
     def write(self, kind: str, **fields: Any) -> Record:
         """Append a line with ``kind``, ``time`` (seconds since 1970) and ``fields``; returns its record."""
         record = {"kind": kind, "time": time.time(), **_walk(fields, _plain)}
-        self._append(json.dumps(_walk(record, _strict), allow_nan=False).encode() + b"\n")
+        self._append(to_json(record).encode() + b"\n")
         return record
 
     def _append(self, data: bytes) -> None:
