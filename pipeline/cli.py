@@ -310,6 +310,32 @@ def sync(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN RUN ...", help="Run folders, or the ids of runs in MLflow.")
+    ] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(help="The MLflow store of the ids; default: MLFLOW_TRACKING_URI, else beside the runs."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw loss against steps, images, FLOPs and process-hours."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write what the tables say, as numbers.")
+    ] = None,
+) -> None:
+    """Show runs side by side: the settings that differ, what each has done and cost, its losses and probes.
+
+    Example: patchmill compare runs/mae runs/pcae --out compare.png
+    """
+    from pipeline.compare import compare
+
+    compare(runs or [], uri, out, json)
+
+
+@app.command()
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Where data and runs go.")] = Path("runs/quickstart"),
 ) -> None:

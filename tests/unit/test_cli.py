@@ -1,16 +1,19 @@
 """The command line: help with examples, exit codes, and nothing heavy where it is not needed."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app, main
+from pipeline.config import load_config
 
 VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"],
-         ["eval", "linear"], ["visualize"], ["export"], ["sync"], ["bench", "data"], ["bench", "methods"],
+         ["eval", "linear"], ["visualize"], ["export"], ["sync"], ["compare"], ["bench", "data"], ["bench", "methods"],
          ["bench", "attention"], ["bench", "parity"], ["bench", "engines"], ["bench", "loop"],
          ["bench", "tracking"], ["bench", "save"], ["quickstart"],
          ["submit"], ["status"], ["cancel"], ["logs"]]  # fmt: skip
@@ -66,6 +69,22 @@ def test_estimate_imports_no_torch(loader):
     assert not modules_after(*arguments) & {"torch", "ffcv", "mlflow", "timm", "cv2"}
 
 
+def write_run(folder: Path, base_lr: float) -> str:
+    folder.mkdir()
+    cfg = load_config(["quickstart/mae"], ["data.loader=synthetic", f"run.dir={folder}", f"optim.base_lr={base_lr}"])
+    (folder / "config.yaml").write_text(cfg.to_yaml())
+    lines = [{"kind": "start", "time": 0, "step": 0}, {"kind": "train", "time": 1, "step": 1, "loss": 1.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def test_compare_imports_no_torch_and_what_draws_only_to_draw(tmp_path):
+    runs = [write_run(tmp_path / name, lr) for name, lr in (("a", 1e-3), ("b", 2e-3))]
+    heavy = {"torch", "ffcv", "mlflow", "timm", "cv2", "matplotlib"}
+    assert not modules_after("compare", *runs, "--json", str(tmp_path / "out.json")) & heavy
+    assert modules_after("compare", *runs, "--out", str(tmp_path / "out.png")) & heavy == {"matplotlib"}
+
+
 def test_check_reports_all_problems_with_exit_code_2(monkeypatch, capsys, tmp_path):
     code = run_main(monkeypatch, "check", "quickstart/mae", f"run.dir={tmp_path / 'run'}", "model.nam=vit_l", "train.epochs=many",
                     "data.image_size=33")  # fmt: skip
@@ -82,6 +101,8 @@ def test_check_reports_all_problems_with_exit_code_2(monkeypatch, capsys, tmp_pa
     ["visualize", "/no/such/run"],
     ["export", "/no/such/run", "out.safetensors"],
     ["sync", "/no/such/run"],
+    ["compare", "/no/such/run", "/no/such/other"],
+    ["compare"],
     ["prep", "scan", "/no/such/folder", "/tmp/m.jsonl"],
     ["prep", "write", "/no/such/manifest.jsonl", "/tmp/x.beton"],
     ["prep", "verify", "/no/such.beton"],
