@@ -87,8 +87,9 @@ def differing(runs: Sequence[History]) -> dict[str, list[str | None]]:
     columns = [{key: value if isinstance(value, str) else json.dumps(value) for key, value in _parameters(run).items()}
                for run in runs]  # fmt: skip
     keys = dict.fromkeys(key for column in columns for key in column)
-    values = {key: [column.get(key) for column in columns] for key in keys}
-    return {key: found for key, found in values.items() if len(set(found)) > 1}
+    known = [column for column in columns if column]  # a run without a configuration differs in nothing that is known
+    differ = [key for key in keys if len({column.get(key) for column in known}) > 1]
+    return {key: [column.get(key) for column in columns] for key in differ}
 
 
 def window_means(values: Floats, window: int = WINDOW) -> Floats:

@@ -229,6 +229,13 @@ def test_a_configuration_of_another_version_is_shown_as_it_stands(write: Write, 
     assert found == {"train.seed": ["0", "5"], "train.novelty": [None, "1"]}
 
 
+def test_a_run_without_a_configuration_differs_in_nothing_that_is_known(write: Write) -> None:
+    one, other, bare = write("one", []), write("other", [], train__seed=1), write("bare", [turn("start", 0, 0)])
+    (bare / "config.yaml").unlink()
+    assert differing([read_folder(one), read_folder(bare)]) == {}
+    assert differing([read_folder(path) for path in (one, bare, other)]) == {"train.seed": ["0", None, "1"]}
+
+
 def test_passwords_are_not_shown(write: Write) -> None:
     one, other = write("one", []), write("other", [])
     config = (other / "config.yaml").read_text().replace("uri: none", "uri: http://me:secret@host:5000")
