@@ -1,6 +1,6 @@
 """A real Slurm cluster for the tests of this folder: they skip where it cannot be, and fail where it does not start."""
 
-import os
+import contextlib
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -71,12 +71,12 @@ def _takes(lock: socket.socket) -> bool:
 
 
 def _left_over(cluster: Cluster) -> list[str]:
-    """Processes of the cluster and its jobs that are still there, except this process and those it is of."""
-    found = []
+    """What a stopped cluster must not leave: processes, links, mounts and its folder."""
+    lines = [f"process {process.pid}: {process.name()}" for process in cluster.processes()]
     for process in psutil.process_iter():
-        try:
-            if str(cluster.folder) in f"{process.cmdline()} {process.environ()}" and process.pid != os.getpid():
-                found.append(f"{process.pid} {process.cmdline()}")
-        except psutil.Error:
-            continue
-    return found
+        with contextlib.suppress(psutil.Error):
+            if str(cluster.folder) in " ".join(process.cmdline()):
+                lines.append(f"process {process.pid}: {process.cmdline()}")
+    lines += [f"link {name}" for _, name in socket.if_nameindex() if name.startswith("patchmill")]
+    lines += [f"mount {line}" for line in Path("/proc/mounts").read_text().splitlines() if str(cluster.folder) in line]
+    return lines + [str(path) for path in [cluster.folder] if path.exists()]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -12,13 +13,16 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+import psutil
+
 from . import config
-from .hosts import BRIDGE, PATH, ClusterError, Node, process_of, run, spawn, wait_for
+from .hosts import BRIDGE, PATH, ClusterError, Node, lives, process_of, run, spawn, wait_for
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "slurmdbd", "mariadbd", "mariadb", "mariadb-install-db", "ip",
             "unshare", "nsenter")  # fmt: skip
 SERVICES = ("slurmctld", "slurmdbd", "mariadbd", "munged")  # in the order in which they are stopped
 UP = {"idle", "mixed", "allocated", "completing"}
+MARK = "PATCHMILL_SLURM_CLUSTER"  # with its folder, in the environment of all that a cluster starts
 HOLD_S, CAUTION_S = 120, 5
 
 
@@ -36,6 +40,7 @@ class Cluster:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = (folder or Path(tempfile.gettempdir()) / "patchmill-slurm").resolve()
         self.environment = {"SLURM_CONF": str(self.folder / "etc/slurm.conf")}
+        self._marked = self.environment | {MARK: str(self.folder)}
         self.nodes = {name: Node(name, address, self.folder) for name, address in config.NODES.items()}
         self._mark = self.folder / "a-slurm-cluster-of-patchmill"
 
@@ -46,7 +51,7 @@ class Cluster:
         if reason := why_not():
             raise ClusterError(reason)
         self._take_bridge()
-        if not self._mark.exists():
+        if not (self.folder / "etc/slurm.conf").exists():
             self._make_folder()
         try:
             self._start_munge()
@@ -70,6 +75,9 @@ class Cluster:
             node.power_off()
         for name in SERVICES:
             self._end(name)
+        for process in self.processes():  # what a start was doing that was killed
+            process.kill()
+            wait_for(f"the end of process {process.pid}", 5, lambda process=process: not lives(process))
         if _bridge_owner() == self.folder:
             run("ip", "link", "delete", BRIDGE)
         shutil.rmtree(self.folder)
@@ -78,6 +86,15 @@ class Cluster:
         """Whether anything of it runs."""
         services = any(process_of(self._run(f"{name}.pid")) for name in SERVICES)
         return services or any(node.is_on for node in self.nodes.values())
+
+    def processes(self) -> list[psutil.Process]:
+        """What it started outside the nodes, and the children of that; not the asking one."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == str(self.folder) and process.pid != os.getpid() and lives(process):
+                    found.append(process)
+        return found
 
     def logs(self, lines: int = 25) -> str:
         """The ends of all logs."""
@@ -135,8 +152,8 @@ class Cluster:
     # ---- its jobs ----------------------------------------------------------------------------------------------------
 
     def run(self, *command: str, timeout: float = 60) -> str:
-        """What a command of Slurm prints; ``ClusterError`` with its words if it fails."""
-        return run(*command, timeout=timeout, env=os.environ | self.environment)
+        """What a command prints, of Slurm or that calls Slurm; ``ClusterError`` with its words if it fails."""
+        return run(*command, timeout=timeout, env=os.environ | self._marked)
 
     def submit(self, command: str, *options: str) -> str:
         """Submits a line of shell as a batch job; its id."""
@@ -209,17 +226,21 @@ class Cluster:
         return self.folder / "run" / name
 
     def _make_folder(self) -> None:
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise ClusterError(f"{self.folder} holds something else: give an empty or a new folder")
+        """What a start finds, also one after a start that was killed; slurm.conf comes last."""
+        if not self._mark.exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise ClusterError(f"{self.folder} holds something else: give an empty or a new folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._mark.touch()
         for name in ("etc", "log", "run", "state", "spool"):
-            (self.folder / name).mkdir(parents=True)
+            (self.folder / name).mkdir(exist_ok=True)
         for number in range(config.GPUS):  # copies of /dev/null: slurmd wants a device
-            os.mknod(self.folder / f"gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))
-        config.write(self.folder)
+            if not (gpu := self.folder / f"gpu{number}").exists():
+                os.mknod(gpu, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         key = self.folder / "etc/munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
-        self._mark.touch()
+        config.write(self.folder)
 
     def _take_bridge(self) -> None:
         """Makes the bridge; its alias names the folder, so that of two clusters the second says where the first is."""
@@ -239,22 +260,32 @@ class Cluster:
         if not process_of(self._run("munged.pid")):
             files = {"key-file": "etc/munge.key", "pid-file": "run/munged.pid", "seed-file": "state/munge.seed",
                      "log-file": "log/munged.log", "socket": "run/munge.socket"}  # fmt: skip
-            run("munged", "--force", *(f"--{option}={self.folder / path}" for option, path in files.items()))
-        wait_for("munged", 20, lambda: run("munge", "-n", "-S", str(socket), timeout=5))
+            self.run("munged", "--force", *(f"--{option}={self.folder / path}" for option, path in files.items()))
+        wait_for("munged", 20, lambda: self.run("munge", "-n", "-S", str(socket), timeout=5))
 
     def _start_database(self) -> None:
-        data, socket = self.folder / "database", str(self._run("database.socket"))
-        small = ["--innodb-log-file-size=16M", "--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0"]
-        files = ["--no-defaults", "--user=root", f"--datadir={data}", *small]
+        data, pid_file = self.folder / "database", self._run("mariadbd.pid")
+        socket = f"--socket={self._run('database.socket')}"
+        sizes = ["--innodb-log-file-size=16M", "--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0"]
+        options = ["--no-defaults", "--user=root", *sizes]
         if not data.exists():
-            run("mariadb-install-db", *files, "--auth-root-authentication-method=normal", "--skip-test-db", timeout=60)
-        if not process_of(self._run("mariadbd.pid")):
-            listen = ["--bind-address=127.0.0.1", f"--port={config.DATABASE_PORT}", f"--socket={socket}"]
-            others = ["--skip-name-resolve", f"--pid-file={self._run('mariadbd.pid')}"]
-            self._database = spawn(["mariadbd", *files, *listen, *others], self.folder / "log/mariadbd.log", os.environ)
-        client = ("mariadb", "--no-defaults", f"--socket={socket}", "--user=root", "-e")
+            new = tempfile.mkdtemp(dir=self.folder)
+            self.run(
+                "mariadb-install-db",
+                *options,
+                f"--datadir={new}",
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+            )
+            os.rename(new, data)
+        if not process_of(pid_file):
+            listen = [socket, "--bind-address=127.0.0.1", f"--port={config.DATABASE_PORT}", "--skip-name-resolve"]
+            command = ["mariadbd", *options, *listen, f"--datadir={data}", f"--pid-file={pid_file}"]
+            self._database = spawn(command, self.folder / "log/mariadbd.log", os.environ | self._marked)
+            pid_file.write_text(str(self._database.pid))  # it does so itself, but later
+        client = ("mariadb", "--no-defaults", socket, "--user=root", "-e")
         user = "CREATE USER IF NOT EXISTS 'slurm'@'127.0.0.1' IDENTIFIED BY 'slurm'; GRANT ALL ON slurm.* TO 'slurm'@'127.0.0.1'"
-        wait_for("the database", 60, lambda: run(*client, f"{user}; SELECT 1", timeout=5))
+        wait_for("the database", 60, lambda: self.run(*client, f"{user}; SELECT 1", timeout=5))
 
     def _start_slurm(self) -> None:
         # without a time limit sacctmgr tries for minutes to reach a slurmdbd that is not there
@@ -272,10 +303,11 @@ class Cluster:
         if process is None:
             return
         process.terminate()
-        with contextlib.suppress(ClusterError):
-            wait_for(f"the end of {name}", 20, lambda: process_of(self._run(f"{name}.pid")) is None)
-            return
-        process.kill()
+        try:
+            wait_for(f"the end of {name}", 20, lambda: not lives(process))
+        except ClusterError:
+            process.kill()
+            wait_for(f"the end of {name}", 5, lambda: not lives(process))
 
     def _slurmd_since(self, name: str) -> float:
         """When the slurmd that Slurm knows was started."""

@@ -55,10 +55,17 @@ def process_of(pid_file: Path) -> psutil.Process | None:
     """The living process that a pid file names; not a later one that was given the same number."""
     try:
         process = psutil.Process(int(pid_file.read_text()))
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return process if alive and process.create_time() <= pid_file.stat().st_mtime + CLOCKS else None
+        return process if lives(process) and process.create_time() <= pid_file.stat().st_mtime + CLOCKS else None
     except (OSError, ValueError, psutil.NoSuchProcess):
         return None
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it has not ended; one that has may be there until its parent looks."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def spawn(command: list[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -76,6 +83,7 @@ class Node:
         self.name, self.address, self.folder = name, address, folder
         self.link = f"patchmill-{name}"
         self.pid_file = folder / "run" / f"{name}.pid"
+        self._joined = folder / "run" / f"{name}.joined"
         self.environment = {"SLURM_CONF": str(folder / "etc/slurm.conf"), "HOME": "/root", "LANG": "C.UTF-8"}
         self._unshare: subprocess.Popen[bytes] | None = None
 
@@ -86,8 +94,9 @@ class Node:
 
     def power_on(self) -> None:
         """Boots the host, slurmd too."""
-        if self.is_on:
+        if self.is_on and self._joined.exists():
             return
+        self.power_off()  # a start that was killed may have left half a host
         # bash takes in and ends the orphans of jobs, which an init must
         init = ["bash", "-c", "while :; do sleep 3600 & wait $!; done"]
         namespaces = ["--fork", "--kill-child", "--pid", "--mount-proc", "--uts", "--net", "--mount"]
@@ -106,6 +115,7 @@ class Node:
             ip link set lo up
             ip link set eth0 up
             ip address add {self.address}/24 dev eth0""")
+        self._joined.touch()
         self.start_slurmd()
 
     def power_off(self) -> None:
@@ -115,7 +125,8 @@ class Node:
             run("ip", "link", "set", self.link, "down", check=False)  # there is none yet where its start was cut short
             for process in unshare.children() or [unshare]:
                 process.kill()
-            wait_for(f"the end of {self.name}", 20, lambda: not self.is_on)
+            wait_for(f"the end of {self.name}", 20, lambda: not lives(unshare))
+        self._joined.unlink(missing_ok=True)
         self.pid_file.unlink(missing_ok=True)
 
     def start_slurmd(self) -> None:
