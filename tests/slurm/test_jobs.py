@@ -19,8 +19,8 @@ pytestmark = pytest.mark.timeout(600)
 
 STEPS, EARLY = 100, 25
 SETTINGS = ["cifar10/mae", "data.loader=synthetic", "data.num_samples=320", "train.global_batch=16", "train.epochs=5",
-            "data.threads=1", "checkpoint.every_steps=20", "guard.hang_s=20", "slurm.nodes=2", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1",
-            "slurm.mem=3G", "slurm.time=60", "slurm.environment={OMP_NUM_THREADS: '1'}"]  # fmt: skip
+            "data.threads=1", "checkpoint.every_steps=20", "guard.hang_s=20", "slurm.nodes=2", "slurm.tasks_per_node=2",
+            "slurm.cpus_per_task=1", "slurm.mem=3G", "slurm.time=60", "slurm.environment={OMP_NUM_THREADS: '1'}"]  # fmt: skip
 
 
 def patchmill(*words: str, code: int = 0) -> str:
@@ -252,7 +252,8 @@ def test_cancel_saves_and_the_next_submit_goes_on(cluster, undisturbed, tmp_path
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [(["slurm.time=9-00:00:00"], "time limit"), (["slurm.partition=nope"], "invalid partition"), (["slurm.nodes=9", "train.global_batch=18"], "slurm: "),
+    [(["slurm.time=9-00:00:00"], "time limit"), (["slurm.partition=nope"], "invalid partition"),
+     (["slurm.nodes=9", "train.global_batch=18"], "slurm: "),
      (["slurm.gpus_per_node=7", "slurm.tasks_per_node=1", "train.global_batch=14"], "slurm: "),
      (["slurm.gpus=2"], "slurm.gpus: there is no such setting"), (["data.loader=ffcv", "data.train=/no.beton"], "no.beton"),
      (["tracking.uri=sqlite:////m.db"], "a file is not for several hosts"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config, ConfigError, UserError, load_config
+from pipeline.config import CONFIG_DIR, Config, ConfigError, UserError, load_config
 from slurm import status, submit
 from slurm.submit import plan, signal_lead, slurm_state, snapshot, snapshot_name
 
@@ -56,6 +56,13 @@ def test_a_script_says_what_was_asked(cfg, tmp_path: Path) -> None:
     subprocess.run(["bash", "-n"], input=ready.script.encode(), check=True)
     assert not (tmp_path / "a run").exists(), "a plan leaves nothing"
     assert "slurm: not asked, sbatch is not on this host" in ready.lines
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (CONFIG_DIR / "slurm").glob("*.yaml")])
+def test_every_shipped_job_makes_a_script(name: str, cfg, tmp_path: Path) -> None:
+    common = ["data.loader=synthetic", "data.num_samples=1000000", f"run.dir={tmp_path / 'r'}"]
+    ready = plan(load_config(["imagenet/mae_vit_l", "engine/ddp", f"slurm/{name}"], common), queue=False)
+    assert "#SBATCH --gpus-per-node=8" in ready.script.splitlines()
 
 
 def test_a_time_is_no_number_in_base_60(cfg) -> None:
