@@ -30,9 +30,10 @@ def rows() -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_header_says_what_it_is_on_what_and_the_command(name: str) -> None:
     text = header(name)
-    assert "Hardware:" in text and f"Command: patchmill train {'' if name in RECIPES else 'imagenet/'}" in text
+    verb = "submit" if name.startswith("slurm/") else "train"
+    assert "Hardware:" in text and f"Command: patchmill {verb} {'' if name in RECIPES else 'imagenet/'}" in text
     assert ("Expected" in text or "Nothing is published" in text) == (name in RECIPES)
-    command = re.sub(r"--nproc \d+", "", text.split("Command: patchmill train ")[1].splitlines()[0]).split()
+    command = re.sub(r"--nproc \d+", "", text.split(f"Command: patchmill {verb} ")[1].splitlines()[0]).split()
     cfg = load_config([word for word in command if "=" not in word], [word for word in command if "=" in word])
     assert name in command and flops_per_image(cfg).step > 0
 
