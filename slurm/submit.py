@@ -98,7 +98,8 @@ def parameters(cfg: Config, code: Path | None) -> dict[str, Any]:
     """What submitit is told of the job."""
     asked, run = cfg.slurm, Path(cfg.run.dir).resolve()
     python = shlex.quote(sys.executable)
-    path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    # Without the first the folder that the job is submitted from, often the tree itself, would come before the copy.
+    path = f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
     setup = [*asked.setup, *(f"export {key}={shlex.quote(value)}" for key, value in asked.environment.items()),
              *([path] if code else []),
              # submitit refuses to write a result where a killed process left half of one.

@@ -158,6 +158,18 @@ def test_a_snapshot_is_the_tree_with_what_is_not_committed(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def test_a_job_runs_the_copy_and_not_the_tree_it_is_submitted_from(cfg) -> None:
+    ready = plan(cfg(), queue=False)
+    assert ready.code is not None
+    (ready.code / "pipeline").mkdir(parents=True)
+    (ready.code / "pipeline" / "__main__.py").write_text("print('the copy')")
+    (ready.code / "pipeline" / "__init__.py").touch()
+    exports = "\n".join(line for line in ready.script.splitlines() if line.startswith("export "))
+    script = f"{exports}\n{sys.executable} -m pipeline"
+    found = subprocess.run(["bash", "-c", script], cwd=CONFIG_DIR.parent, capture_output=True, text=True, check=True)
+    assert found.stdout == "the copy\n"
+
+
 def test_dry_run_needs_neither_torch_nor_slurm(tmp_path: Path) -> None:
     code = ("import sys\nfrom pipeline.cli import main\n"
             f"sys.argv = ['patchmill', 'submit', '--dry-run', 'cifar10/mae', 'data.loader=synthetic', 'data.num_samples=64', "
