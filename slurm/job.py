@@ -34,9 +34,13 @@ def attempt() -> str:
 
 
 def append(run: Path, **fields: Any) -> None:
-    """A line of the run's attempts."""
-    with (run / ATTEMPTS).open("a") as file:
-        file.write(json.dumps({"time": time.time(), "attempt": attempt(), **fields}) + "\n")
+    """A line of the run's attempts; on a full disk it goes to the job's log only."""
+    line = json.dumps({"time": time.time(), "attempt": attempt(), **fields}) + "\n"
+    try:
+        with (run / ATTEMPTS).open("a") as file:
+            file.write(line)
+    except OSError as error:
+        sys.stderr.write(f"patchmill: {run / ATTEMPTS}: {error.strerror}: {line}")
 
 
 def attempts(run: Path) -> list[dict[str, Any]]:
@@ -98,9 +102,12 @@ def supervise(folder: str) -> None:
     while (code := child.poll()) is None:
         time.sleep(0.1)
     exits = run / EXITS
-    exits.mkdir(exist_ok=True)
     record = {"rank": rank, "host": socket.gethostname(), "code": code, "time": time.time()}
-    (exits / f"{attempt()}-{rank}.json").write_text(json.dumps(record))
+    try:
+        exits.mkdir(exist_ok=True)
+        (exits / f"{attempt()}-{rank}.json").write_text(json.dumps(record))
+    except OSError as error:
+        sys.stderr.write(f"patchmill: {exits}: {error.strerror}: {record}\n")
     if code not in (0, STOPPED):
         time.sleep(SETTLE_S)
         raise SystemExit(1)  # submitit would make a traceback of anything else

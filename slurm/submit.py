@@ -105,7 +105,7 @@ def parameters(cfg: Config, code: Path | None) -> dict[str, Any]:
              # submitit refuses to write a result where a killed process left half of one.
              f"rm -f {shlex.quote(str(run / FOLDER))}/*.save_tmp",
              # Whatever ends the tasks, and also when this script is told to end.
-             f"trap '{python} -m slurm.job {shlex.quote(str(run))}; exit $?' EXIT"]  # fmt: skip
+             f"trap {shlex.quote(f'{python} -m slurm.job {shlex.quote(str(run))}; exit $?')} EXIT"]  # fmt: skip
     threads = asked.cpus_per_task and f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{asked.cpus_per_task}}}"
     more: dict[str, Any] = {"time": asked.time, "requeue": True} | ({"mem": asked.mem} if asked.mem else {})
     found = {
@@ -266,6 +266,8 @@ def submit(cfg: Config) -> str:
     from slurm import job
 
     ready = plan(cfg, queue=True)
+    if read_json(ready.run / "why_stopped.json").get("done"):
+        raise UserError(f"run.dir = {ready.run}: that run is done; choose another folder")
     former = read_json(ready.run / JOB).get("job")
     if former and slurm_state(former)[0] in LIVE:
         raise UserError(

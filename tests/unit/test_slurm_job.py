@@ -149,6 +149,20 @@ def test_a_done_run_asks_slurm_for_nothing(run: Path, monkeypatch) -> None:
     assert end(run) == 0
 
 
+def test_a_disk_that_is_full_does_not_keep_a_job_from_coming_back(run: Path, monkeypatch, capsys) -> None:
+    begin(run)
+    exits(run, 75)
+    why(run)
+    (run / job.ATTEMPTS).rename(run / "kept")
+    (run / job.ATTEMPTS).symlink_to("/dev/full")
+    answered = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answered)
+    monkeypatch.setattr(
+        job, "attempts", lambda run: [json.loads(line) for line in (run / "kept").read_text().splitlines()]
+    )
+    assert end(run) == 0 and "No space left on device" in capsys.readouterr().err
+
+
 def test_a_line_that_was_cut_off_is_left_out(run: Path) -> None:
     begin(run)
     with (run / job.ATTEMPTS).open("a") as file:

@@ -49,10 +49,12 @@ def test_a_script_says_what_was_asked(cfg, tmp_path: Path) -> None:
     assert "module load cuda" in lines and "export NCCL_DEBUG='a b'" in lines
     run = next(line for line in lines if line.startswith("srun "))
     assert "--kill-on-bad-exit=1" in run and "--cpus-per-task=8" in run
-    trap = next(i for i, line in enumerate(lines) if line.startswith("trap "))
-    assert trap < lines.index(run) and f"slurm.job '{tmp_path}/a run'" in lines[trap].replace("'\\''", "'").replace(
-        '"', "'"
+    trap = next(line for line in lines if line.startswith("trap "))
+    assert lines.index(trap) < lines.index(run)
+    ended = subprocess.run(
+        ["bash", "-c", f"{trap.replace(sys.executable, 'echo')}\nexit 3"], capture_output=True, text=True
     )
+    assert (ended.returncode, ended.stdout) == (0, f"-m slurm.job {tmp_path}/a run\n"), "the verdict's exit code counts"
     subprocess.run(["bash", "-n"], input=ready.script.encode(), check=True)
     assert not (tmp_path / "a run").exists(), "a plan leaves nothing"
     assert "slurm: not asked, sbatch is not on this host" in ready.lines
