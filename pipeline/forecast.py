@@ -169,8 +169,9 @@ class Forecast:
                   f"             {self.advice.reason}"]  # fmt: skip
         asked, own = self.cfg.engine.name, self.plan.layout
         if own != self.advice.layout:
+            files = ", its files as if they were in memory" if self.cfg.engine.offload == "nvme" else ""
             advice.append(
-                f"             but fits and times here are predicted for the configuration's {own.settings(machine)}"
+                f"             but fits and times here are predicted for the configuration's {own.settings(machine)}{files}"
             )
         elif asked != own.engine and not own.zero(machine):
             advice.append(f"             predicted for it, not for the configuration's engine.name={asked}")

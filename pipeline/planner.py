@@ -281,6 +281,11 @@ def _ladder(machine: Machine) -> list[Layout]:
     return ladder if machine.thin else [*ladder, Layout("fsdp2", "full", reshard=True)]
 
 
+# Where nothing else fits: from what sends least over PCIe to what holds least.
+OFFLOADED: Final = (Layout("zero2", "full", offload=True), Layout("zero3", "full", offload=True),
+                    Layout("zero3", "full", offload=True, offload_params=True))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Advice:
     """The layout to take, why, and the predicted step; ``step`` is None when not one image fits."""
@@ -298,11 +303,13 @@ def advise(cfg: Config, machine: Machine) -> Advice:
     useful, ladder = min(local_batch(cfg, machine), USEFUL_BATCH), _ladder(machine)
     fitting = [layout for layout in ladder if micro_batch(cfg, machine, layout) >= useful]
     if not fitting:
-        fitting = [layout for layout in ladder[::-1] if micro_batch(cfg, machine, layout)][:1]
+        fitting = [layout for layout in [*ladder[::-1], *OFFLOADED] if micro_batch(cfg, machine, layout)][:1]
         if not fitting:
             return Advice(ladder[-1], "not one image fits; take more GPUs, or GPUs with more memory", None)
-        step = predict_step(cfg, machine, fitting[0])
-        return Advice(fitting[0], f"nothing fits a micro-batch of {useful}; this holds least", step)
+        step, held = predict_step(cfg, machine, fitting[0]), f"nothing fits a micro-batch of {useful}; this holds least"
+        if fitting[0].offload:
+            held = "not one image fits beside the state, so a part of it lies in the host's memory; that is slow"
+        return Advice(fitting[0], held, step)
     chosen = fitting[0]
     step = predict_step(cfg, machine, chosen)
     held = (

@@ -224,6 +224,18 @@ def test_a_configuration_of_deepspeed_is_predicted_as_its_stage(stage: int) -> N
     assert largest_batch(cfg, small, layout) == 0 and forecast(cfg, small, "H100", None).plan.step is None
 
 
+def test_the_host_is_advised_where_not_one_image_fits_beside_the_state() -> None:
+    cfg = recipe("imagenet/pcae_vit_h")
+    with_memory = lambda gib: replace(H100, gpus=1, gpu=H100.gpu.model_copy(update={"memory_gib": gib}))  # noqa: E731
+    assert not advise(cfg, with_memory(24)).layout.offload
+    found = advise(cfg, with_memory(10))
+    assert found.layout == Layout("zero2", "full", offload=True) and "host's memory" in found.reason and found.step
+    assert "engine.zero_stage=2 engine.offload=cpu" in found.layout.settings(with_memory(10))
+    assert advise(cfg, with_memory(0.1)).step is None
+    files = zero_recipe("imagenet/pcae_vit_h", 3, "engine.offload=nvme", "engine.offload_dir=/scratch")
+    assert "engine.offload=cpu, its files as if they were in memory" in str(forecast(files, with_memory(24), "X", None))
+
+
 def test_the_report_has_a_line_for_each_engine_that_could_be_taken() -> None:
     lines = str(forecast(recipe("imagenet/pcae_vit_l"), replace(H100, gpus=64), "H100", None)).splitlines()
     start = next(number for number, line in enumerate(lines) if "right when" in line)
