@@ -1,11 +1,14 @@
 """Runs on the cluster: submitted once, they come back from whatever is done to them, and compute what they would have."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,17 @@ def start(run: Path, *settings: str, engine: str = "engine/ddp") -> str:
 
 def trains(run: Path, step: int = EARLY) -> None:
     wait_for(f"step {step} of {run.name}", 120, lambda: any(line["step"] >= step for line in lines(run, "train")))
+
+
+def done(run: Path) -> bool:
+    why = run / "why_stopped.json"
+    return why.exists() and bool(json.loads(why.read_text())["done"])
+
+
+def trained_since(run: Path) -> list[dict[str, Any]]:
+    """Training lines since the newest start."""
+    since = max((line["time"] for line in lines(run, "start") + lines(run, "resume")), default=float("inf"))
+    return [line for line in lines(run, "train") if line["time"] > since]
 
 
 def finish(cluster: Cluster, run: Path, timeout: float = 240) -> None:
@@ -158,6 +172,12 @@ def crash_a_node(cluster: Cluster, _: str) -> None:
     cluster.boot("n2")
 
 
+def cut_a_link(cluster: Cluster, _: str) -> None:
+    cluster.link_down("n2")
+    time.sleep(35)  # longer than Slurm waits for a node
+    cluster.link_up("n2")
+
+
 def kill_slurmd(cluster: Cluster, _: str) -> None:
     cluster.kill_slurmd("n2")
     cluster.start_slurmd("n2")
@@ -202,7 +222,7 @@ def test_a_run_that_crashes_goes_on_from_its_checkpoint(disturb, reason, cluster
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disturb", [crash_a_node, kill_slurmd])
+@pytest.mark.parametrize("disturb", [crash_a_node, kill_slurmd, cut_a_link])
 def test_a_host_that_fails_costs_no_more_than_a_crash(disturb, cluster, undisturbed, tmp_path) -> None:
     run = tmp_path / "run"
     job = start(run)
@@ -235,6 +255,38 @@ def test_a_run_without_progress_is_given_up(cluster, tmp_path) -> None:
             wait_for("the verdict", 120, lambda number=number: len(ended(run)) == number)
     assert "2 crashes in a row without a newer checkpoint" in ended(run)[-1]["reason"]
     assert "2 crashes in a row" in patchmill("status", str(run))
+
+
+@pytest.mark.slow
+def test_a_time_limit_costs_no_step(cluster, tmp_path) -> None:
+    run = tmp_path / "run"
+    start(run, "train.epochs=90", "slurm.time=2", "slurm.signal_lead_s=60")
+    finish(cluster, run, timeout=500)
+    steps = [line["step"] for line in lines(run, "train")]
+    assert steps == list(range(1, len(steps) + 1)) and not (run / "log.discarded.jsonl").exists()
+    reasons = [line["reason"] for line in ended(run)]
+    assert len(reasons) > 1 and set(reasons[:-1]) == {"stopped by SIGUSR2"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_disturbances_at_random_change_no_bit(cluster, undisturbed, tmp_path) -> None:
+    run, chance = tmp_path / "run", random.Random(0)
+    job = start(run, "checkpoint.every_steps=5", "slurm.max_crashes=20")
+    with cluster.releasing():
+        for number in range(10):
+            begun = len(lines(run, "start") + lines(run, "resume"))
+            wait_for(f"a start after {number}", 150, lambda begun=begun: len(trained_since(run)) > 0 or done(run))
+            if done(run):
+                break
+            time.sleep(chance.uniform(0, 2))
+            with contextlib.suppress(AssertionError, subprocess.CalledProcessError):  # it has just ended by itself
+                chance.choice([usr2, requeue, kill_a_rank, kill_a_supervisor])(cluster, job)
+            wait_for(
+                "its end", 150, lambda begun=begun: len(lines(run, "start") + lines(run, "resume")) > begun or done(run)
+            )
+    finish(cluster, run, timeout=300)
+    assert curve(run) == curve(undisturbed) and number >= 3
 
 
 def test_cancel_saves_and_the_next_submit_goes_on(cluster, undisturbed, tmp_path) -> None:
