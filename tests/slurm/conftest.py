@@ -9,13 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.cluster import Cluster, wait_for, why_not
+from tests.slurm.cluster import Cluster, ClusterError, wait_for, why_not
 
 HERE = Path(__file__).parent
 FOLDER = (
     Path(tempfile.gettempdir()) / "patchmill-slurm-tests"
 )  # always the same: the next run finds what a killed one left
 RUNNING = pytest.StashKey[Cluster]()
+LOCK = pytest.StashKey[socket.socket]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,25 +24,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: HERE in item.path.parents)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Lets another run on this machine finish with its cluster first; here, where no test's time limit runs yet."""
+    if LOCK not in item.config.stash and why_not() is None:
+        lock = item.config.stash[LOCK] = socket.socket(socket.AF_UNIX)  # open, and so held, until this process ends
+        if not _takes(lock):
+            item.config.get_terminal_writer().line("\ntests/slurm: waiting for another run of these tests to end")
+            try:
+                wait_for("the end of another run of tests/slurm", 1800, lambda: _takes(lock))
+            except ClusterError as error:
+                pytest.exit(str(error), returncode=1)
+    return (yield)
+
+
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The running cluster, for all tests; SLURM_CONF in the environment leads Slurm's commands to it."""
     if reason := why_not():
         pytest.skip(reason)
-    with socket.socket(socket.AF_UNIX) as lock:
-        wait_for("the end of another run of these tests", 240, lambda: _takes(lock))
-        cluster = Cluster(FOLDER)
-        cluster.stop()  # what a killed run left
-        with pytest.MonkeyPatch.context() as patch:
-            try:
-                cluster.start()
-                for name, value in cluster.environment.items():
-                    patch.setenv(name, value)
-                request.config.stash[RUNNING] = cluster
-                yield cluster
-            finally:
-                cluster.stop()
-        assert _left_over(cluster) == []
+    cluster = Cluster(FOLDER)
+    cluster.stop()  # what a killed run left
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            cluster.start()
+            for name, value in cluster.environment.items():
+                patch.setenv(name, value)
+            request.config.stash[RUNNING] = cluster
+            yield cluster
+        finally:
+            cluster.stop()
+    assert _left_over(cluster) == []
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,7 @@ def test_a_requeued_job_runs_again_when_it_is_released(cluster: Cluster, tmp_pat
     job = cluster.submit(command, f"--output={out}", "--open-mode=append")
     wait_for("the first run", 30, lambda: out.exists() and "run 0" in out.read_text())
     cluster.run("scontrol", "requeue", job)
-    assert cluster.wait_for_job(job, "PENDING")["Reason"] == "BeginTime"
+    wait_for("the hold", 30, lambda: cluster.job(job)["Reason"] == "BeginTime")
     wait_for("the release", 60, lambda: job in cluster.release())
     cluster.wait_for_job(job, "COMPLETED")
     assert [line for line in out.read_text().splitlines() if line.startswith("run")] == ["run 0", "run 1"]
