@@ -12,9 +12,7 @@ import pytest
 from tests.slurm.cluster import Cluster, ClusterError, wait_for, why_not
 
 HERE = Path(__file__).parent
-FOLDER = (
-    Path(tempfile.gettempdir()) / "patchmill-slurm-tests"
-)  # always the same: the next run finds what a killed one left
+FOLDER = Path(tempfile.gettempdir()) / "patchmill-slurm-tests"  # one name, so that a run finds what a killed one left
 RUNNING = pytest.StashKey[Cluster]()
 LOCK = pytest.StashKey[socket.socket]()
 

@@ -104,9 +104,6 @@ class Node:
         self._unshare = spawn(["unshare", *namespaces, *init], log, self.environment)
         self.pid_file.write_text(str(self._unshare.pid))
         wait_for(f"the namespaces of {self.name}", 10, self._init)
-        run(
-            "ip", "link", "delete", self.link, check=False
-        )  # of a host that just crashed; the kernel is late to remove it
         run("ip", "link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", str(self._init()))
         run("ip", "link", "set", self.link, "master", BRIDGE, "up")
         self._shell(f"""
@@ -126,6 +123,7 @@ class Node:
             for process in unshare.children() or [unshare]:
                 process.kill()
             wait_for(f"the end of {self.name}", 20, lambda: not lives(unshare))
+        run("ip", "link", "delete", self.link, check=False)  # which the kernel does too, but may be late
         self._joined.unlink(missing_ok=True)
         self.pid_file.unlink(missing_ok=True)
 
