@@ -44,13 +44,15 @@ def append(run: Path, **fields: Any) -> None:
 
 
 def attempts(run: Path) -> list[dict[str, Any]]:
-    """All lines; one that was cut off is left out."""
+    """All whole lines."""
     found = []
     for line in (run / ATTEMPTS).read_text().splitlines() if (run / ATTEMPTS).exists() else []:
         try:
-            found.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and {"event", "attempt", "time"} <= record.keys():
+            found.append(record)
     return found
 
 
@@ -139,26 +141,35 @@ def judge(run: Path) -> Verdict:
         and (run / "why_stopped.json").exists()
         and os.stat(run / "why_stopped.json").st_mtime >= begun["time"]
     )
-    exits = sorted(
-        filter(None, map(read_json, (run / EXITS).glob(f"{attempt()}-*.json"))), key=lambda record: record["time"]
-    )
-    failed = [record for record in exits if record["code"] not in (0, STOPPED)]
+    exits = exits_of(run, attempt())
+    failed = failures(exits)
     if fresh and why.get("done"):
         return Verdict(False, "done", 0)
-    # Where a process was killed, others may take its absence for a mistake.
-    if failed and failed[0]["code"] == 2 and all(record["code"] > 0 for record in failed):
+    if failed and failed[0]["code"] == 2:
         return Verdict(False, "a mistake in the configuration or the input; see the log of the rank that says it", 2)
     if (run / CANCELLED).exists():
         return Verdict(False, "cancelled", STOPPED)
     if exits and not failed and fresh:
         return Verdict(True, str(why.get("reason", "a signal")), STOPPED)
-    first = min(failed, key=lambda record: (record["code"] > 0, record["time"]), default=None)
-    told = "the job's processes were killed" if first is None else _told(first)
+    told = _told(failed[0]) if failed else "no process left word how it ended: killed, or a full disk"
+    if begun is None:
+        told = "the job ended before training began: slurm.setup failed, or its processes were killed"
     reason = f"{told}; {why['reason']}" if fresh and why.get("reason") else told
     limit, crashes = load_config([run / CONFIG]).slurm.max_crashes, 1 + idle_crashes(history, newest_step(run))
     if crashes >= limit:
         return Verdict(False, f"{reason}; {crashes} crashes in a row without a newer checkpoint (slurm.max_crashes)", 1)
     return Verdict(True, reason, 1)
+
+
+def exits_of(run: Path, which: str) -> list[dict[str, Any]]:
+    """How the processes of an attempt ended, as far as they left word, the first first."""
+    found = [read_json(path) for path in (run / EXITS).glob(f"{which}-*.json")]
+    return sorted((one for one in found if {"rank", "host", "code", "time"} <= one.keys()), key=lambda one: one["time"])
+
+
+def failures(exits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that failed, the cause first: where one was killed, others may take its absence for whatever."""
+    return sorted((one for one in exits if one["code"] not in (0, STOPPED)), key=lambda one: one["code"] > 0)
 
 
 def _told(failed: dict[str, Any]) -> str:
@@ -181,6 +192,8 @@ def idle_crashes(history: list[dict[str, Any]], step: int) -> int:
 def end(run: Path) -> int:
     """Judge, ask Slurm to requeue when that is the verdict, and say so; the exit code of the batch script."""
     verdict, refusal = judge(run), ""
+    if verdict.code == 1 and not _writable(run):  # crashes could not be counted
+        verdict = Verdict(False, f"{verdict.reason}; nothing can be written to {run}", 1)
     if verdict.requeue:
         asked = subprocess.run(
             ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
@@ -195,6 +208,16 @@ def end(run: Path) -> int:
     )
     sys.stderr.write(f"patchmill: {verdict.reason}{refusal}{'; requeued' if back else ''}\n")
     return 0 if back else verdict.code
+
+
+def _writable(run: Path) -> bool:
+    probe = run / "slurm" / f"probe-{attempt()}"
+    try:
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

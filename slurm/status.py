@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from pipeline.config import UserError
-from slurm.job import CANCELLED, EXITS, STOPPED, attempts, read_json
+from pipeline.config import RunFailed, UserError
+from slurm.job import CANCELLED, attempts, exits_of, failures, newest_step, read_json
 from slurm.submit import FOLDER, JOB, LIVE, ask, slurm_state
 
 RECENT: Final = 50  # training lines that speak for the speed
@@ -52,9 +52,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:  # the last one, while it is written
             continue
+        if isinstance(record, dict):
+            found.append(record)
     return found
 
 
@@ -63,8 +65,10 @@ def look(run: Path) -> Status:
     record, log = read_json(run / JOB), _lines(run / "log.jsonl")
     job = str(record.get("job", ""))
     state, reason = slurm_state(job) if job else ("UNKNOWN", "")
-    train = [line for line in log if line["kind"] == "train"]
-    total = next((line["total_steps"] for line in reversed(log) if line["kind"] in ("start", "resume")), None)
+    train = [
+        line for line in log if line.get("kind") == "train" and {"time", "step", "loss", "images_per_s"} <= line.keys()
+    ]
+    total = next((line.get("total_steps") for line in reversed(log) if line.get("kind") in ("start", "resume")), None)
     step = train[-1]["step"] if train else 0
     seconds = [b["time"] - a["time"] for a, b in zip(train, train[1:], strict=False) if b["step"] == a["step"] + 1]
     pace = median(seconds[-RECENT:]) if seconds else None
@@ -73,7 +77,9 @@ def look(run: Path) -> Status:
     begun = [line for line in history if line["event"] == "begin"]
     spent = train[-1]["time"] - begun[0]["time"] if begun and train else None
     why = read_json(run / "why_stopped.json")
-    told = next((line["reason"] for line in reversed(history) if line["event"] == "end"), "")
+    told = next((str(line.get("reason")) for line in reversed(history) if line["event"] == "end"), "")
+    if history and history[-1]["event"] == "begin" and state not in (*LIVE, "UNKNOWN") and not why.get("done"):
+        told = f"the job was ended from outside ({state.lower()}) and does not come back; submit the run again"
     alive = state in LIVE and not why.get("done")
     return Status(
         run, job, state, reason, step, total, train[-1]["loss"] if train else None, speed,
@@ -85,13 +91,10 @@ def look(run: Path) -> Status:
 
 def first_failure(run: Path, attempt: str) -> list[str]:
     """The last lines of the rank that failed first in an attempt; of none where none failed."""
-    exits = [read_json(path) for path in (run / EXITS).glob(f"{attempt}-*.json")]
-    failed = [record for record in exits if record.get("code") not in (0, STOPPED, None)]
+    failed = failures(exits_of(run, attempt))
     if not failed:
         return []
-    rank = min(failed, key=lambda record: (record["code"] > 0, record["time"]))[
-        "rank"
-    ]  # one that was killed is the cause
+    rank = failed[0]["rank"]
     path = run / FOLDER / f"{attempt.split('-')[0]}_{rank}_log.out"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     # submitit's own report of it follows.
@@ -142,22 +145,32 @@ def replay(run: Path) -> str | None:
 
 
 def cancel(run: Path, patience_s: float) -> str:
-    """Let a run save and end, and not come back; after ``patience_s`` it is ended all the same. Raises UserError without a job."""
+    """Let a run save and end, and not come back; after ``patience_s`` it is ended all the same.
+
+    Raises UserError without a job, RunFailed when Slurm does not do it: the run then goes on, and comes back as before.
+    """
     job = str(read_json(run / JOB).get("job", ""))
     state = slurm_state(job)[0] if job else "UNKNOWN"
     if state not in LIVE:
         raise UserError(f"{run}: has no job that could be cancelled ({state.lower()})")
     (run / CANCELLED).touch()
     if state == "RUNNING":
-        ask("scancel", "--signal=USR2", job)
+        _tell(run, "scancel", "--signal=USR2", job)
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
-            if slurm_state(job)[0] not in LIVE:
-                return f"job {job} has saved and ended at step {look(run).step}"
+            if slurm_state(job)[0] not in (*LIVE, "UNKNOWN"):
+                return f"job {job} has ended; the newest checkpoint is of step {newest_step(run)}"
             time.sleep(0.5)
-    ask("scancel", job)
+    _tell(run, "scancel", job)
     late = f" and had not ended after {patience_s:g} s" if state == "RUNNING" else ""
     return f"job {job} is cancelled; it was {state.lower()}{late}"
+
+
+def _tell(run: Path, *command: str) -> None:
+    code, said = ask(*command)
+    if code:
+        (run / CANCELLED).unlink(missing_ok=True)
+        raise RunFailed(f"{run}: Slurm did not take it ({said.strip()}); the job goes on")
 
 
 def follow(run: Path, rank: int, *, forever: bool) -> Iterator[str]:

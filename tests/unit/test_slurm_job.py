@@ -89,11 +89,12 @@ def test_what_an_earlier_start_left_does_not_count(run: Path) -> None:
     why(run, done=True, age=60)
     exits(run, 0, 0, attempt="7-0")
     begin(run)
-    assert judge(run) == Verdict(True, "the job's processes were killed", 1)
+    assert judge(run) == Verdict(True, "no process left word how it ended: killed, or a full disk", 1)
 
 
 def test_tasks_that_never_began_are_a_crash(run: Path) -> None:
-    assert judge(run) == Verdict(True, "the job's processes were killed", 1)
+    verdict = judge(run)
+    assert verdict.requeue and verdict.code == 1 and "before training began: slurm.setup failed" in verdict.reason
 
 
 @pytest.mark.parametrize(("steps", "crashes", "requeued"), [([0, 0], 2, False), ([0], 1, True), ([0, 4], 1, True)])
@@ -163,10 +164,21 @@ def test_a_disk_that_is_full_does_not_keep_a_job_from_coming_back(run: Path, mon
     assert end(run) == 0 and "No space left on device" in capsys.readouterr().err
 
 
-def test_a_line_that_was_cut_off_is_left_out(run: Path) -> None:
+def test_a_crash_that_cannot_be_counted_does_not_come_back(run: Path, monkeypatch) -> None:
     begin(run)
+    exits(run, 1)
+    assert judge(run).requeue
+    monkeypatch.setattr(job, "_writable", lambda _: False)
+    monkeypatch.setattr(subprocess, "run", None)
+    assert end(run) == 1 and "nothing can be written to" in attempts(run)[-1]["reason"]
+
+
+def test_lines_that_are_none_are_left_out(run: Path) -> None:
+    begin(run)
+    (run / job.EXITS / "7-1-9.json").write_text('{"code": 1}')
+    assert job.exits_of(run, "7-1") == []
     with (run / job.ATTEMPTS).open("a") as file:
-        file.write('{"event": "en')
+        file.write('null\n{"x": 1}\n{"event": "en')
     assert [line["event"] for line in attempts(run)] == ["begin"]
 
 

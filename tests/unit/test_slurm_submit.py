@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import CONFIG_DIR, Config, ConfigError, UserError, load_config
-from slurm import status, submit
+from pipeline.config import CONFIG_DIR, Config, ConfigError, RunFailed, UserError, load_config
+from slurm import checks, status, submit
 from slurm.submit import plan, signal_lead, slurm_state, snapshot, snapshot_name
 
 
@@ -81,7 +81,15 @@ def test_a_time_is_no_number_in_base_60(cfg) -> None:
      (["engine.precision=fp16"], "engine.precision = fp16: needs GPUs"),
      (["slurm.gpus_per_node=2"], "slurm.tasks_per_node = 2: is for jobs without GPUs"),
      (["tracking.uri=sqlite:///m.db"], "a file is not for several hosts"),
-     (["slurm.gpu=T9"], "T9: is in no table")],
+     (["slurm.gpu=T9"], "T9: is in no table"),
+     (["slurm.time=90x"], "slurm.time = 90x: should be as sbatch has it"),
+     (["slurm.time=3"], "slurm.time = 3: should be twice slurm.signal_lead_s (120 s) at least"),
+     (["slurm.directives={nodes: 1}"], "slurm.directives.nodes: set slurm.nodes"),
+     (["slurm.directives={cpus-per-task: 1}"], "slurm.directives.cpus-per-task: set slurm.cpus_per_task"),
+     (["slurm.directives={array: 0-3}"], "slurm.directives.array: is the job's own"),
+     (["slurm.environment={B C: x}"], "slurm.environment.B C: is no name of a variable"),
+     (["run.dir=/tmp/50%j"], "run.dir = /tmp/50%j: has a %"),
+     (["slurm.setup=[echo it's]"], "slurm.setup: is not what bash understands")],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_slurm_is_asked(cfg, settings, said) -> None:
     assert any(said in problem for problem in problems(cfg(*settings))), problems(cfg(*settings))
@@ -126,7 +134,7 @@ def test_the_lead_follows_the_longest_save(cfg, tmp_path: Path) -> None:
     lines = [{"kind": "checkpoint", "seconds": s, "saved": True} for s in (20.0, 50.5, 1.0)] + [
         {"kind": "checkpoint", "saved": False}
     ]
-    (tmp_path / "a run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "a run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "che')
     assert signal_lead(cfg()) == 120 + 151
 
 
@@ -184,6 +192,49 @@ def test_dry_run_needs_neither_torch_nor_slurm(tmp_path: Path) -> None:
     assert "#SBATCH --job-name=r" in done.stdout and "job: 1 processes on 1 nodes" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(90, 5400), ("90", 5400), ("12:30", 750), ("1:00:00", 3600), ("2-0", 172_800), ("1-12:30", 131_400), ("1-00:00:05", 86_405),
+     ("soon", None), ("1:2:3:4", None), ("", None)],
+)  # fmt: skip
+def test_a_time_limit_is_read_as_sbatch_reads_it(limit, expected) -> None:
+    assert checks.seconds(limit) == expected
+
+
+def test_a_second_job_is_refused_by_what_slurm_knows(tmp_path: Path, monkeypatch) -> None:
+    """Whatever the run folder says: its file may be cut off, or a submit killed."""
+    answer = (0, f"7|RUNNING|{tmp_path}/other/slurm/a.sh\n8|PENDING|{tmp_path}/run/slurm/submission_file_1.sh\n")
+    monkeypatch.setattr(submit, "ask", lambda *_: answer)
+    with pytest.raises(UserError, match="its job 8 is pending; patchmill cancel"):
+        submit._require_no_job(tmp_path / "run")
+    submit._require_no_job(tmp_path / "ru")
+    answer = (1, "Unable to contact slurm controller")
+    with pytest.raises(UserError, match="squeue does not say"):
+        submit._require_no_job(tmp_path / "run")
+
+
+@pytest.mark.parametrize("fails", ["--signal=USR2", "7"])
+def test_a_cancel_that_slurm_does_not_take_is_no_cancel(fails, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "job.json").write_text('{"job": "7"}')
+    answers = {"scancel": 1, "squeue": 0}
+    monkeypatch.setattr(status, "slurm_state", lambda job: ("RUNNING", ""))
+    monkeypatch.setattr(status, "ask", lambda *words: (answers["scancel"] if words[1] == fails else 0, "no controller"))
+    with pytest.raises(RunFailed, match="did not take it .no controller.; the job goes on"):
+        status.cancel(tmp_path, 0.1)
+    assert not (tmp_path / "slurm" / "cancelled").exists(), "it comes back as before"
+
+
+def test_a_silent_slurm_is_not_taken_for_the_end(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "job.json").write_text('{"job": "7"}')
+    states = iter([("RUNNING", ""), ("UNKNOWN", ""), ("COMPLETED", "")])
+    monkeypatch.setattr(status, "slurm_state", lambda job: next(states))
+    monkeypatch.setattr(status, "ask", lambda *words: (0, ""))
+    assert status.cancel(tmp_path, 30) == "job 7 has ended; the newest checkpoint is of step 0"
+    assert next(states, None) is None
+
+
 def test_slurms_word_is_squeues_and_then_sacct_s(monkeypatch) -> None:
     answers = {"squeue": (0, "PENDING|BeginTime\n"), "sacct": (0, "CANCELLED by 0\n")}
     monkeypatch.setattr(submit, "ask", lambda name, *_: answers[name])
@@ -215,7 +266,7 @@ def test_status_is_what_the_log_and_slurm_say(tmp_path: Path, monkeypatch) -> No
     (run / "slurm" / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for rank, code in ((0, 1), (1, -9)):
         (run / "slurm" / "exits" / f"7-1-{rank}.json").write_text(
-            json.dumps({"rank": rank, "code": code, "time": rank})
+            json.dumps({"rank": rank, "host": "n1", "code": code, "time": rank})
         )
     (run / "slurm" / "7_1_log.out").write_text("one\ntwo\nsubmitit ERROR\nsrun: error: x\n")
     monkeypatch.setattr(status, "slurm_state", lambda job: ("RUNNING", ""))
@@ -225,7 +276,11 @@ def test_status_is_what_the_log_and_slurm_say(tmp_path: Path, monkeypatch) -> No
     assert found.eta_s == pytest.approx(120, rel=0.01) and found.goodput == pytest.approx(80 / 88, rel=0.02)
     assert found.why == "rank 1 was killed" and found.tail == ["rank 1: one", "rank 1: two"]
     monkeypatch.setattr(status, "slurm_state", lambda job: ("FAILED", ""))
-    assert status.look(run).eta_s is None
+    found = status.look(run)
+    assert found.eta_s is None and "ended from outside (failed) and does not come back; submit" in found.why
+    with (run / "log.jsonl").open("a") as file:
+        file.write('\n5\n{"kind": "train"}\n')
+    assert status.look(run).step == 40
     with pytest.raises(UserError, match="holds no run"):
         status.find_runs([tmp_path / "nowhere"])
     with pytest.raises(UserError, match="has no job that could be cancelled"):

@@ -1,0 +1,156 @@
+"""What is wrong with a job before Slurm is asked: a check gives lines of the plan, or raises UserError."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from pipeline.config import Config, ConfigError, UserError
+
+LEAD_FLOOR_S: Final = 120  # Slurm looks at limits twice a minute, and its signal may come a minute early
+# Options of sbatch that have a setting of their own, and those that a job could not come back without.
+OWN: Final = {"nodes": "nodes", "ntasks_per_node": "tasks_per_node", "gpus_per_node": "gpus_per_node", "time": "time", "mem": "mem",
+              "cpus_per_task": "cpus_per_task", "partition": "partition", "account": "account", "qos": "qos",
+              "constraint": "constraint", "signal": "signal_lead_s"}  # fmt: skip
+KEPT: Final = ("array", "output", "error", "requeue", "no_requeue", "open_mode", "ntasks", "job_name")
+
+
+def signal_lead(cfg: Config) -> int:
+    """Seconds before the time limit at which the job is asked to save."""
+    if cfg.slurm.signal_lead_s is not None:
+        return cfg.slurm.signal_lead_s
+    log, longest = Path(cfg.run.dir) / "log.jsonl", 0.0
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with suppress(ValueError):  # the last one may be cut off
+            record = json.loads(line)
+            longest = max(longest, record.get("seconds", 0.0) if record["kind"] == "checkpoint" else 0.0)
+    return LEAD_FLOOR_S + int(3 * longest)
+
+
+def seconds(limit: str | int) -> int | None:
+    """A time limit as sbatch reads it: minutes, [H:]M:S, D-H[:M[:S]]; None when it is none of these."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(limit))
+    if found is None:
+        return None
+    parts = [int(part) for part in found.groups()[1:] if part is not None]
+    if found[1] is None and len(parts) < 3:
+        parts = [0, *parts]  # minutes, or minutes and seconds
+    hours, minutes, rest = [*parts, 0, 0][:3]
+    return int(found[1] or 0) * 86_400 + hours * 3600 + minutes * 60 + rest
+
+
+def job_problems(cfg: Config) -> Iterator[str]:
+    """``slurm.*`` and the folder. Raises ConfigError."""
+    problems, limit, lead = list[str](), seconds(cfg.slurm.time), signal_lead(cfg)
+    if limit is None:
+        problems.append(
+            f"slurm.time = {cfg.slurm.time}: should be as sbatch has it, such as 1-00:00:00, 12:30:00 or 90 (minutes)"
+        )
+    elif limit < 2 * lead:
+        problems.append(f"slurm.time = {cfg.slurm.time}: should be twice slurm.signal_lead_s ({lead} s) at least, or the job would "
+                        "hardly train; raise it, or set slurm.signal_lead_s")  # fmt: skip
+    for key in cfg.slurm.directives:
+        name = key.replace("-", "_")
+        if name in OWN:
+            problems.append(f"slurm.directives.{key}: set slurm.{OWN[name]}")
+        elif name in KEPT:
+            problems.append(f"slurm.directives.{key}: is the job's own and cannot be set")
+    for key in cfg.slurm.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", key):
+            problems.append(f"slurm.environment.{key}: is no name of a variable")
+    if "%" in str(Path(cfg.run.dir).resolve()):
+        problems.append(f"run.dir = {cfg.run.dir}: has a %, which Slurm would replace; choose another folder")
+    if problems:
+        raise ConfigError(problems)
+    yield from ()
+
+
+def _configuration(cfg: Config) -> list[str]:
+    from pipeline.check import check
+
+    return check(cfg).splitlines()[:-1]
+
+
+def _processes(cfg: Config) -> Iterator[str]:
+    world, batch, micro = cfg.slurm.world, cfg.train.global_batch, cfg.train.micro_batch
+    if cfg.slurm.gpus_per_node and cfg.slurm.tasks_per_node != 1:
+        raise UserError(f"slurm.tasks_per_node = {cfg.slurm.tasks_per_node}: is for jobs without GPUs, else each GPU has "
+                        "one process; leave it out")  # fmt: skip
+    if cfg.engine.name == "single" and world > 1:
+        raise UserError(f"engine.name = single: the job has {world} processes (slurm.nodes, gpus_per_node, tasks_per_node); "
+                        "set engine.name=ddp, fsdp2, hsdp or deepspeed")  # fmt: skip
+    if cfg.engine.shard_size is not None and world % cfg.engine.shard_size:
+        raise UserError(f"engine.shard_size = {cfg.engine.shard_size}: should divide the {world} processes of the job")
+    if batch % world:
+        raise UserError(f"train.global_batch = {batch}: should be a multiple of the job's {world} processes")
+    if micro != "auto" and batch // world % micro:
+        raise UserError(
+            f"train.micro_batch = {micro}: should divide {batch // world}, the images of a process in a batch"
+        )
+    if cfg.engine.precision == "fp16" and not cfg.slurm.gpus_per_node:
+        raise UserError("engine.precision = fp16: needs GPUs; set slurm.gpus_per_node, or engine.precision=bf16")
+    yield from ()
+
+
+def _memory(cfg: Config) -> Iterator[str]:
+    """The planner's prediction for the GPU, where one is named."""
+    from pipeline.planner import GIB, Machine, configured, find_gpu, largest_batch
+
+    if cfg.slurm.gpu is None:
+        return
+    machine = Machine(find_gpu(cfg.slurm.gpu), cfg.slurm.world, cfg.slurm.tasks)
+    engine = f"zero{cfg.engine.zero_stage}" if cfg.engine.name == "deepspeed" else cfg.engine.name
+    layout = configured(cfg, engine)  # type: ignore[arg-type]
+    share = cfg.train.global_batch // cfg.slurm.world
+    micro = share if cfg.train.micro_batch == "auto" else cfg.train.micro_batch
+    fits = largest_batch(cfg, machine, layout, accumulates=micro < share)
+    if fits < micro:
+        raise UserError(f"train.micro_batch = {micro}: {fits} images are predicted to fit a {cfg.slurm.gpu} "
+                        f"({machine.gpu.memory_gib:g} GiB) with engine.name={cfg.engine.name}; set train.micro_batch, "
+                        "engine.checkpoint_layers=full or another "
+                        "engine (patchmill estimate)")  # fmt: skip
+    yield f"memory: micro-batches of {micro} images, {fits} are predicted to fit {machine.bytes / GIB:.0f} GiB of a {cfg.slurm.gpu}"
+
+
+def _room(cfg: Config) -> Iterator[str]:
+    from pipeline.memory import state
+
+    run = Path(cfg.run.dir).resolve()
+    above = next(folder for folder in [run, *run.parents] if folder.exists())
+    held = state(cfg)
+    needed = (cfg.checkpoint.keep + 1) * (held.weights + held.moments + held.average)
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise UserError(f"run.dir = {run}: {cfg.checkpoint.keep} checkpoints and one more take {needed / 2**30:.2f} GiB, "
+                        f"{free / 2**30:.2f} GiB are free; make room, or choose another folder")  # fmt: skip
+    yield f"checkpoints: {needed / 2**30:.2f} GiB at most, {free / 2**30:.0f} GiB free"
+
+
+def mlflow_uri(cfg: Config) -> str:
+    """``tracking.uri`` in force: auto is MLFLOW_TRACKING_URI, else a file beside the run folder."""
+    if cfg.tracking.uri != "auto":
+        return cfg.tracking.uri
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(cfg.run.dir).resolve().parent / 'mlflow.db'}"
+
+
+def _tracking(cfg: Config) -> Iterator[str]:
+    uri = mlflow_uri(cfg)
+    if uri.startswith("sqlite:") and cfg.tracking.uri != "auto" and cfg.slurm.nodes > 1:
+        raise UserError(f"tracking.uri = {uri}: a file is not for several hosts; set tracking.uri=auto "
+                        "(patchmill status then sends what the job has logged) or the address of a server")  # fmt: skip
+    if uri != "none" and not uri.startswith("http"):
+        yield f"tracking: the job logs to its folder; `patchmill status` sends it to {uri}"
+
+
+CHECKS: Final[tuple[Callable[[Config], Iterable[str]], ...]] = (
+    _configuration,
+    job_problems,
+    _processes,
+    _memory,
+    _room,
+    _tracking,
+)
