@@ -294,12 +294,19 @@ def test_cancel_saves_and_the_next_submit_goes_on(cluster, undisturbed, tmp_path
     start(run)
     trains(run)
     assert "is running; patchmill cancel" in patchmill("submit", *SETTINGS, "engine/ddp", f"run.dir={run}", code=2)
-    assert "has saved and ended at step" in patchmill("cancel", str(run))
+    assert "has ended; the newest checkpoint is of step" in patchmill("cancel", str(run))
     assert [(line["reason"], line["requeue"]) for line in ended(run)] == [("cancelled", False)]
     start(run)
     finish(cluster, run)
     assert curve(run) == curve(undisturbed) and not (run / "log.discarded.jsonl").exists()
     assert f"done at step {STEPS}" in patchmill("logs", str(run))
+
+
+def test_a_set_up_that_fails_is_said(cluster, tmp_path) -> None:
+    run = tmp_path / "run"
+    start(run, "slurm.setup=[exit 3]", "slurm.max_crashes=1")
+    wait_for("the verdict", 60, lambda: (run / "slurm" / "attempts.jsonl").exists() and ended(run))
+    assert "before training began: slurm.setup failed" in patchmill("status", str(run))
 
 
 @pytest.mark.parametrize(
