@@ -14,7 +14,6 @@ from slurm.submit import FOLDER, JOB, LIVE, ask, slurm_state
 
 RECENT: Final = 50  # training lines that speak for the speed
 TAIL: Final = 5  # lines of the rank that failed first
-QUIET: Final = ("PENDING", "UNKNOWN")
 
 
 @dataclass(frozen=True)
