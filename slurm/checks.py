@@ -1,7 +1,6 @@
 """What is wrong with a job before Slurm is asked: a check gives lines of the plan, or raises UserError."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -131,10 +130,10 @@ def _room(cfg: Config) -> Iterator[str]:
 
 
 def mlflow_uri(cfg: Config) -> str:
-    """``tracking.uri`` in force: auto is MLFLOW_TRACKING_URI, else a file beside the run folder."""
-    if cfg.tracking.uri != "auto":
-        return cfg.tracking.uri
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(cfg.run.dir).resolve().parent / 'mlflow.db'}"
+    """``tracking.uri`` in force, or none."""
+    from pipeline.tracking import resolve_uri
+
+    return resolve_uri(cfg.tracking.uri, Path(cfg.run.dir)) or "none"
 
 
 def _tracking(cfg: Config) -> Iterator[str]:

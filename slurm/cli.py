@@ -52,8 +52,8 @@ def status(runs: Runs) -> None:
             console.print(f"{run.run.name} stopped last: {run.why}")
         for line in run.tail:
             console.print(f"  {line}")
-    for folder in find_runs(runs):
-        if problem := replay(folder):
+    for run in found:
+        if problem := replay(run.run):
             console.print(problem)
 
 

@@ -34,13 +34,14 @@ LIVE: Final = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A job before it is queued: its batch script, submitit's parameters for it, and what is to be said."""
+    """A job before it is queued: its batch script, submitit's parameters for it, what is to be said, and the files of the code."""
 
     run: Path
     parameters: dict[str, Any]
     script: str
     lines: list[str]
     code: Path | None
+    files: list[str]
 
     def __str__(self) -> str:
         """The script and the plan."""
@@ -120,9 +121,10 @@ def plan(cfg: Config, *, queue: bool) -> Plan:
         except UserError as error:
             problems.append(str(error))
     run, root = Path(cfg.run.dir).resolve(), source_tree()
-    code = None
+    code, files = None, list[str]()
     if root is not None:
-        code = run / "code" / snapshot_name(root)[0]
+        name, files = snapshot_name(root)
+        code = run / "code" / name
         lines.append(f"code: a copy of {root} in {code}")
     told = parameters(cfg, code)
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(run / FOLDER))}"
@@ -140,7 +142,7 @@ def plan(cfg: Config, *, queue: bool) -> Plan:
     lines.append(
         f"job: {cfg.slurm.world} processes on {cfg.slurm.nodes} nodes, asked to save {signal_lead(cfg)} s before its time is up"
     )
-    return Plan(run, told, script, lines, code)
+    return Plan(run, told, script, lines, code, files)
 
 
 def _refusal(script: str) -> Iterator[str]:
@@ -183,17 +185,11 @@ def _require_no_job(run: Path) -> None:
             raise UserError(f"run.dir = {run}: its job {job} is {state.lower()}; patchmill cancel {run} ends it")
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """The file as it was, or whole."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record))
-    partial.replace(path)
-
-
 def submit(cfg: Config) -> str:
     """Queue the job; what is to be said. Raises ConfigError with every problem, UserError when the run has a job already."""
     import submitit
 
+    from pipeline.runlog import replace_file
     from slurm import job
 
     ready = plan(cfg, queue=True)
@@ -209,12 +205,12 @@ def submit(cfg: Config) -> str:
     root = source_tree()
     if root is not None and ready.code is not None:
         ready.code.parent.mkdir(exist_ok=True)
-        snapshot(root, ready.code, snapshot_name(root)[1])
+        snapshot(root, ready.code, ready.files)
     uri = mlflow_uri(cfg)
     record = {"tracking": uri, "tracking_waits": uri != "none" and not uri.startswith("http"), "world": cfg.slurm.world}
-    _write(ready.run / JOB, record)  # the job may start before its number is known here
+    replace_file(ready.run / JOB, json.dumps(record).encode())  # the job may start before its number is known here
     executor = submitit.SlurmExecutor(ready.run / FOLDER)
     executor.update_parameters(**ready.parameters)
     number = executor.submit(job.supervise, str(ready.run)).job_id
-    _write(ready.run / JOB, record | {"job": number})
+    replace_file(ready.run / JOB, json.dumps(record | {"job": number}).encode())
     return "\n".join([*ready.lines, f"submitted: job {number}; patchmill status {ready.run}"])

@@ -41,8 +41,9 @@ def test_fp32_on_the_device_agrees_with_the_cpu(method, options, tiny_config):
 def test_half_precision_agrees_with_fp32(method, options, precision, tiny_config):
     exact = steps(TorchEngine(tiny_config(method, **options), torch.device("cuda")))
     coarse = steps(TorchEngine(tiny_config(method, engine__precision=precision, **options), torch.device("cuda")))
-    # Roundings grow apart: PCAE's teacher may then choose other tokens.
-    assert coarse[:2] == pytest.approx(exact[:2], rel=1e-2) and coarse == pytest.approx(exact, rel=2e-2)
+    # Where PCAE's teacher chooses the tokens, roundings make it choose others after some steps.
+    late = 2e-2 if (method, options) == ("pcae", {}) else 1e-2
+    assert coarse[:2] == pytest.approx(exact[:2], rel=1e-2) and coarse == pytest.approx(exact, rel=late)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

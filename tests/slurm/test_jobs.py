@@ -185,6 +185,15 @@ def kill_slurmd(cluster: Cluster, _: str) -> None:
     cluster.start_slurmd("n2")
 
 
+def disturbed(disturb: Disturb, cluster: Cluster, run: Path) -> Path:
+    """A run that was disturbed in the middle, and has ended."""
+    job = start(run)
+    trains(run)
+    disturb(cluster, job)
+    finish(cluster, run, timeout=400)
+    return run
+
+
 SIGNALLED = {usr2: "stopped by SIGUSR2", requeue: "requeued by Slurm"}
 CRASHED = {
     kill_a_rank: "rank 2 on n2 was killed by SIGKILL",
@@ -200,11 +209,7 @@ def slow(some: dict[Disturb, str], *quick: Disturb) -> Iterator[Any]:
 
 @pytest.mark.parametrize(("disturb", "reason"), [*slow(SIGNALLED, usr2, requeue)])
 def test_a_run_that_is_asked_to_stop_loses_no_step(disturb, reason, cluster, undisturbed, tmp_path) -> None:
-    run = tmp_path / "run"
-    job = start(run)
-    trains(run)
-    disturb(cluster, job)
-    finish(cluster, run)
+    run = disturbed(disturb, cluster, tmp_path / "run")
     assert curve(run) == curve(undisturbed) and not (run / "log.discarded.jsonl").exists()
     first, last = ended(run)
     assert reason in first["reason"] and not first["crash"] and last["reason"] == "done"
@@ -212,11 +217,7 @@ def test_a_run_that_is_asked_to_stop_loses_no_step(disturb, reason, cluster, und
 
 @pytest.mark.parametrize(("disturb", "reason"), [*slow(CRASHED, kill_a_rank)])
 def test_a_run_that_crashes_goes_on_from_its_checkpoint(disturb, reason, cluster, undisturbed, tmp_path) -> None:
-    run = tmp_path / "run"
-    job = start(run)
-    trains(run)
-    disturb(cluster, job)
-    finish(cluster, run)
+    run = disturbed(disturb, cluster, tmp_path / "run")
     assert curve(run) == curve(undisturbed)
     first, last = ended(run)
     assert reason in first["reason"] and first["crash"] and last["reason"] == "done"
@@ -226,11 +227,7 @@ def test_a_run_that_crashes_goes_on_from_its_checkpoint(disturb, reason, cluster
 @pytest.mark.slow
 @pytest.mark.parametrize("disturb", [crash_a_node, kill_slurmd, cut_a_link])
 def test_a_host_that_fails_costs_no_more_than_a_crash(disturb, cluster, undisturbed, tmp_path) -> None:
-    run = tmp_path / "run"
-    job = start(run)
-    trains(run)
-    disturb(cluster, job)
-    finish(cluster, run, timeout=400)
+    run = disturbed(disturb, cluster, tmp_path / "run")
     assert curve(run) == curve(undisturbed)
 
 
