@@ -5,7 +5,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,31 @@ def test_a_cut_off_newest_checkpoint_is_passed_over_and_the_run_comes_out_the_sa
     assert checkpoint.choose(copy / "checkpoints").name == "step-00000012"
     starts = [line for line in read_log(copy / "log.jsonl") if line["kind"] in ("start", "resume")]
     assert 0 <= starts[0]["load_s"] < starts[1]["load_s"] < starts[1]["time"] - starts[0]["time"]
+    assert {(line["engine"], line["processes"], line["precision"], line["micro_batch"]) for line in starts} == {
+        ("single", 1, "fp32", 16)
+    }
+
+
+def test_a_signal_before_torch_is_imported_saves_and_stops(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "train",
+        "quickstart/mae",
+        *settings(tmp_path / "run", "train.epochs=500"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+    caught = lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1  # noqa: E731
+    while not caught():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    early = "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=200)[1]
+    assert early and process.returncode == 75, said
+    assert len(checkpoint.candidates(tmp_path / "run" / "checkpoints")) == 1 and len(losses(tmp_path / "run")) == 1
 
 
 def test_when_all_checkpoints_are_broken_the_run_does_not_start_over(copy):

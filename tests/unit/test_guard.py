@@ -1,11 +1,13 @@
 """Signals become a flag, handlers are put back, and skipped steps in a row are counted."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +122,13 @@ def test_a_limit_of_one_stops_at_the_first() -> None:
     observe(NonFiniteGuard(1), 1, False)
     with pytest.raises(NonFinite, match="1 steps in a row, 2 to 2"):
         observe(NonFiniteGuard(1), 2, True)
+
+
+def test_where_a_process_was_last_is_there_when_it_has_ended(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, World(), 300.0, 300.0, print) as heart:
+        heart.beat("end", 12)
+    found = json.loads((tmp_path / "ranks" / "rank-00000.json").read_text())
+    assert (found["phase"], found["step"]) == ("end", 12)
 
 
 def record(rank: int, phase: str, step: int) -> dict[str, object]:
