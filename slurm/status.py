@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from pipeline.config import RunFailed, UserError
 from slurm.job import CANCELLED, attempts, exits_of, failures, newest_step, read_json
-from slurm.submit import FOLDER, JOB, LIVE, ask, slurm_state
+from slurm.queue import LIVE, ask, slurm_state
+from slurm.submit import FOLDER, JOB
 
 RECENT: Final = 50  # training lines that speak for the speed
 TAIL: Final = 5  # lines of the rank that failed first

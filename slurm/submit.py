@@ -16,20 +16,10 @@ from typing import Any, Final
 from pipeline.config import CONFIG_DIR, Config, ConfigError, UserError
 from slurm.checks import CHECKS, mlflow_uri, signal_lead
 from slurm.job import CANCELLED, CONFIG, read_json
+from slurm.queue import ask
 
 FOLDER: Final = "slurm"  # of a run: what the job needs and leaves
 JOB: Final = "slurm/job.json"
-LIVE: Final = (
-    "PENDING",
-    "RUNNING",
-    "SUSPENDED",
-    "COMPLETING",
-    "CONFIGURING",
-    "REQUEUED",
-    "RESIZING",
-    "SIGNALING",
-    "STAGE_OUT",
-)
 
 
 @dataclass(frozen=True)
@@ -154,24 +144,6 @@ def _refusal(script: str) -> Iterator[str]:
     if code:
         lines = (line.removeprefix("sbatch: error:").strip() for line in said.splitlines())
         yield "slurm: " + " ".join(line.removeprefix("allocation failure:").strip() for line in lines)
-
-
-def ask(*command: str) -> tuple[int, str]:
-    """(exit code, output) of a command of Slurm's, errors included; a controller that does not answer is given a minute."""
-    done = subprocess.run(
-        ["timeout", "60", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    return done.returncode, done.stdout or f"no answer to {command[0]} in a minute"
-
-
-def slurm_state(job: str) -> tuple[str, str]:
-    """(state, reason) of a job: squeue's, and sacct's once it is gone there; UNKNOWN where neither knows it."""
-    code, said = ask("squeue", "-h", "-j", job, "-o", "%T|%r")
-    if code == 0 and "|" in said:
-        state, _, reason = said.splitlines()[0].partition("|")
-        return state, "" if reason == "None" else reason
-    code, said = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
-    return (said.split()[0] if code == 0 and said.split() and said.split()[0].isupper() else "UNKNOWN"), ""
 
 
 def _require_no_job(run: Path) -> None:

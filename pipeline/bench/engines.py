@@ -56,7 +56,7 @@ ZERO: Final[dict[str, dict[str, Any]]] = {
 GOALS: Final = dict.fromkeys(("single", "ddp", "fsdp2"), 1.02) | dict.fromkeys(("zero1", "zero2", "zero3"), 1.05)
 IMAGENET: Final = ("vit_b", "vit_l", "vit_h")  # encoders with a recipe for every method
 WARM_UP: Final = 4  # steps: compilation is in the first
-STEPS: Final = {"cuda": 10, "cpu": 5}  # of a contestant's turn
+STEPS: Final = 5  # of a contestant's turn
 LR, MOMENTUM = 1e-4, 0.999
 PROFILED: Final = 3  # steps
 DEAREST: Final = 10  # kernels
@@ -120,16 +120,15 @@ class Meter:
 
     def run(self, name: str, step: Step, number: int) -> int:
         """A contestant's turn in round ``number``; the steps that were timed."""
-        count = STEPS[self.device.type]
-        seconds = self._on_device(step, count) if self.device.type == "cuda" else self._on_cpu(step, count)
+        seconds = self._on_device(step) if self.device.type == "cuda" else self._on_cpu(step)
         self._total += sum(seconds)
         if number:
             self.samples.setdefault(name, []).extend(seconds)
-        return count
+        return STEPS
 
-    def _on_device(self, step: Step, count: int) -> list[float]:
+    def _on_device(self, step: Step) -> list[float]:
         step()  # the host is then ahead of the device, as it is in training
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
         marks[0].record()
         for mark in marks[1:]:
             step()
@@ -137,9 +136,9 @@ class Meter:
         torch.cuda.synchronize(self.device)
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
-    def _on_cpu(self, step: Step, count: int) -> list[float]:
+    def _on_cpu(self, step: Step) -> list[float]:
         marks = [process_time()]
-        for _ in range(count):
+        for _ in range(STEPS):
             step()
             marks.append(process_time())
         return [after - before for before, after in pairwise(marks)]

@@ -34,9 +34,14 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gradient_norms(gradients: list[Tensor]) -> Tensor:
-    """The norm of each whole gradient, [P], on every process: one reduction, as the norm of all of them would take."""
-    return _full(torch.stack(torch._foreach_norm(gradients)))
+def gradient_norms(parts: list[Tensor], shards: dist.ProcessGroup | None) -> Tensor:
+    """The norm of each whole gradient, [P], on every process: one reduction over ``shards``, None where parts are whole."""
+    norms = torch.stack(torch._foreach_norm(parts))
+    if shards is None:
+        return norms
+    squares = norms.square()
+    dist.all_reduce(squares, group=shards)
+    return squares.sqrt()
 
 
 def _like(local: Tensor, parameter: Tensor) -> Tensor:
@@ -91,7 +96,10 @@ class TorchEngine:
         self.trained_names = [name for name, parameter in self.named.items() if parameter.requires_grad]
         self.trained = [self.named[name] for name in self.trained_names]
         self._places = torch.arange(len(self.trained), dtype=torch.float32, device=device)
-        self.optimizer = build_optimizer(self.named.items(), cfg.optim)
+        self._shards = mesh.get_group("shard") if mesh["shard"].size() > 1 else None
+        # The optimizer gets this process's parts: AdamW is elementwise, and a DTensor's way to a kernel is long on the host.
+        self._parts = {name: _local(self.named[name]).detach().requires_grad_() for name in self.trained_names}
+        self.optimizer = build_optimizer(self._parts.items(), cfg.optim)
         self._start_teacher(mesh)
 
     def _shard_method(self, mesh: DeviceMesh) -> None:
@@ -165,19 +173,23 @@ class TorchEngine:
 
     def step(self, lr: float, clip: float | None, momentum: float) -> StepReport:
         """See ``Engine.step``. Nothing here waits for the device: skipping goes through the optimizer's ``found_inf``."""
+        gradients = [_local(parameter.grad) for parameter in self.trained]  # all have one
         if self.loss_scale is not None:
-            torch._foreach_div_([_local(parameter.grad) for parameter in self.trained], self.loss_scale.scale)
-        norms = gradient_norms([parameter.grad for parameter in self.trained])  # all have one
+            torch._foreach_div_(gradients, self.loss_scale.scale)
+        norms = gradient_norms(gradients, self._shards)
         norm = torch.linalg.vector_norm(norms)
         skipped = (~norm.isfinite()).float()
         culprit = torch.where(norms.isfinite(), -1.0, self._places).max()
+        for part, gradient in zip(self._parts.values(), gradients, strict=True):
+            part.grad = gradient
         if clip is not None:
-            clip_grads_with_norm_(self.trained, clip, norm)
+            clip_grads_with_norm_(self._parts.values(), clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.found_inf = skipped
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for tensor in (*self.trained, *self._parts.values()):
+            tensor.grad = None
         if self.loss_scale is not None:
             self.loss_scale.update(skipped)
         if self.teacher is not None:
@@ -208,8 +220,9 @@ class TorchEngine:
         state |= {
             f"ema.encoder.{name}": _like(value, self.named[f"encoder.{name}"]) for name, value in self.ema.items()
         }
-        for name, parameter in self.named.items():
-            state |= {f"{kind}.{name}": value for kind, value in self.optimizer.state.get(parameter, {}).items()}
+        for name, part in self._parts.items():
+            state |= {f"{kind}.{name}": value if kind == "step" else _like(value, self.named[name])
+                      for kind, value in self.optimizer.state[part].items()}  # fmt: skip
         if self.loss_scale is not None:
             state |= {"loss_scale": self.loss_scale.scale, "loss_scale.good_steps": self.loss_scale.good_steps}
         return state

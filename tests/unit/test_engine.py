@@ -147,8 +147,8 @@ def test_every_trained_parameter_and_no_frozen_one_has_a_gradient(
     assert gradients(engine).keys() == engine.named.keys() - FROZEN[name]
     if not drop_path:  # with it, a branch that all images of the batch drop has a gradient of zeros
         assert [n for n, g in gradients(engine).items() if not g.any()] == []
-    optimized = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
-    assert optimized == {id(p) for n, p in engine.named.items() if n not in FROZEN[name]}
+    optimized = {p.data_ptr() for group in engine.optimizer.param_groups for p in group["params"]}
+    assert optimized == {p.to_local().data_ptr() for n, p in engine.named.items() if n not in FROZEN[name]}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.config import CONFIG_DIR, Config, ConfigError, RunFailed, UserError, load_config
 from slurm import checks, status, submit
-from slurm.submit import plan, signal_lead, slurm_state, snapshot, snapshot_name
+from slurm.queue import slurm_state
+from slurm.submit import plan, signal_lead, snapshot, snapshot_name
 
 
 @pytest.fixture
