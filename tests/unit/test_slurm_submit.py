@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import CONFIG_DIR, Config, ConfigError, RunFailed, UserError, load_config
-from slurm import checks, status, submit
+from slurm import checks, queue, status, submit
 from slurm.queue import slurm_state
 from slurm.submit import plan, signal_lead, snapshot, snapshot_name
 
@@ -238,7 +238,7 @@ def test_a_silent_slurm_is_not_taken_for_the_end(tmp_path: Path, monkeypatch) ->
 
 def test_slurms_word_is_squeues_and_then_sacct_s(monkeypatch) -> None:
     answers = {"squeue": (0, "PENDING|BeginTime\n"), "sacct": (0, "CANCELLED by 0\n")}
-    monkeypatch.setattr(submit, "ask", lambda name, *_: answers[name])
+    monkeypatch.setattr(queue, "ask", lambda name, *_: answers[name])
     assert slurm_state("7") == ("PENDING", "BeginTime")
     answers["squeue"] = (1, "slurm_load_jobs error: Invalid job id specified\n")
     assert slurm_state("7") == ("CANCELLED", "")
