@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import resource
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
     from torch import Tensor
+    from torch import device as Device  # noqa: N812
 
 TERMINAL_EVERY_S = 0.1
 PLAIN_EVERY_S = 15.0
@@ -74,6 +76,22 @@ def _mean(name: str, values: list[float]) -> float:
     """A monitor's NaN says that one rank had nothing to show; the loss's would be a fault, and stays."""
     seen = values if name == "loss" else [value for value in values if not math.isnan(value)] or values
     return sum(seen) / len(seen)
+
+
+def device_name(device: "Device") -> str:
+    """What computes, such as ``NVIDIA H100 80GB HBM3``, or ``cpu``."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_gib(device: "Device") -> float:
+    """The most memory that this process has had, in GiB: what torch allocated on a GPU, on the CPU all that was resident."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _clock(seconds: float) -> str:

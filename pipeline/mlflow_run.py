@@ -197,6 +197,10 @@ class Remote:
             self._client.log_artifact(self.run_id, str(path), "figures")
         return sent + len(figures)
 
+    def send_file(self, path: Path) -> None:
+        """A file as it is now, in place of one of its name."""
+        self._client.log_artifact(self.run_id, str(path))
+
     def set_status(self, status: str) -> None:
         """RUNNING, FINISHED, KILLED or FAILED."""
         if status == "RUNNING":

@@ -141,19 +141,27 @@ class Layout(NamedTuple):
         return 1 if self.engine in ("single", "ddp") else machine.gpus
 
 
+def _standing(cfg: Config, machine: Machine, layout: Layout, *, accumulates: bool) -> tuple[int, int, int]:
+    """Bytes a process (held all the time, that come and go beside the activations, and after them)."""
+    zero = layout.zero(machine)
+    if zero:
+        return zero_state(cfg, zero)[0].total, *zero_passing(cfg, zero, accumulates=accumulates)
+    shards = layout.shards(machine)
+    return state(cfg, shards).total, passing(cfg, shards, reshard=layout.reshard, accumulates=accumulates), 0
+
+
 def largest_batch(cfg: Config, machine: Machine, layout: Layout, *, accumulates: bool = False) -> int:
     """The largest micro-batch in images that fits a GPU beside the state; 0 when not one does."""
-    zero, after = layout.zero(machine), 0
-    if zero:
-        beside, after = zero_passing(cfg, zero, accumulates=accumulates)
-        held = zero_state(cfg, zero)[0].total
-    else:
-        shards = layout.shards(machine)
-        beside = passing(cfg, shards, reshard=layout.reshard, accumulates=accumulates)
-        held = state(cfg, shards).total
+    held, beside, after = _standing(cfg, machine, layout, accumulates=accumulates)
     if held + after > machine.bytes:
         return 0
     return max(0, int((machine.bytes - held - beside) // activations(cfg, layout.checkpointing).peak))
+
+
+def peak_bytes(cfg: Config, machine: Machine, layout: Layout, micro: int) -> int:
+    """Bytes of a GPU that a step in micro-batches of ``micro`` images takes at most."""
+    held, beside, after = _standing(cfg, machine, layout, accumulates=micro < local_batch(cfg, machine))
+    return held + max(after, beside + micro * activations(cfg, layout.checkpointing).peak)
 
 
 def local_batch(cfg: Config, machine: Machine) -> int:
@@ -246,9 +254,10 @@ class Step:
         return self.compute / self.total
 
 
-def predict_step(cfg: Config, machine: Machine, layout: Layout) -> Step:
-    """How long a step takes. Raises ValueError when no micro-batch fits."""
-    micro, local = micro_batch(cfg, machine, layout), local_batch(cfg, machine)
+def predict_step(cfg: Config, machine: Machine, layout: Layout, micro: int | None = None) -> Step:
+    """How long a step takes, in micro-batches of ``micro`` or the most that fit. Raises ValueError when none fits."""
+    local = local_batch(cfg, machine)
+    micro = micro or micro_batch(cfg, machine, layout)
     if not micro:
         raise ValueError(f"no image fits with {layout.settings(machine)}")
     num_micro, flops = local // micro, flops_per_image(cfg)

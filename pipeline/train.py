@@ -23,7 +23,7 @@ from pipeline.estimate import flops_per_image
 from pipeline.guard import Agreement, Heartbeat, NonFinite, NonFiniteGuard, Stragglers
 from pipeline.heldout import HeldOut
 from pipeline.launch import Portion, World, connect
-from pipeline.metrics import Progress, setup_logging
+from pipeline.metrics import Progress, device_name, peak_gib, setup_logging
 from pipeline.optim import lr_at, momentum_at
 from pipeline.order import Plan
 from pipeline.profiling import Profiler
@@ -169,7 +169,8 @@ class Trainer:
         layout = f"zero{engine.zero_stage}" if engine.name == "deepspeed" else engine.name
         self.run_log.write(kind, step=self.step, total_steps=plan.total_steps, lr=cfg.lr, base_lr=cfg.optim.base_lr,
                            engine=layout, processes=self.world.size, precision=engine.precision, micro_batch=self.portion.micro,
-                           load_s=self.load_s, flops_per_image=flops_per_image(cfg).step, versions=_versions())  # fmt: skip
+                           load_s=self.load_s, flops_per_image=flops_per_image(cfg).step, device=device_name(self.device),
+                           versions=_versions())  # fmt: skip
         log.info("%s %s %s: step %d of %d, %d images, batch %d, lr %.3g (base_lr %.3g x %d / 256); %s, "
                  "processes: %d, %s", kind, cfg.method.name, cfg.model.name, self.step, plan.total_steps, self.loader.num_samples,
                  cfg.train.global_batch, cfg.lr, cfg.optim.base_lr, cfg.train.global_batch, layout, self.world.size,
@@ -326,11 +327,12 @@ class Trainer:
         """Say why it ended; draw a figure at the end of a run."""
         done = self.step == self.plan.total_steps
         reason = "done" if done else f"stopped by {signal_name}"
+        peak = max(self.world.gather(peak_gib(self.device)))  # of training: before the figure
         if done:
             self.heart.beat("figure", self.step)
             self._figure()
         self.heart.beat("end", self.step)
-        self.run_log.write("stop", step=self.step, reason=reason)
+        self.run_log.write("stop", step=self.step, reason=reason, peak_gib=peak)
         self._write_why(
             done=done and saved, reason=reason if saved else f"{reason}, but the last state could not be saved"
         )

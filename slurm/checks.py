@@ -6,9 +6,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pipeline.config import Config, ConfigError, UserError
+
+if TYPE_CHECKING:
+    from pipeline.planner import Layout, Machine
 
 LEAD_FLOOR_S: Final = 120  # Slurm looks at limits twice a minute, and its signal may come a minute early
 # Options of sbatch that have a setting of their own, and those that a job could not come back without.
@@ -95,18 +98,27 @@ def _processes(cfg: Config) -> Iterator[str]:
     yield from ()
 
 
+def prediction(cfg: Config, **stated: float) -> "tuple[Machine, Layout, int]":
+    """What the planner is asked of a job: its GPUs (with ``stated`` fields of a Machine), its engine, images of a micro-batch.
+
+    Raises UserError for a ``slurm.gpu`` that is in no table, or none.
+    """
+    from pipeline.planner import Machine, configured, find_gpu
+
+    machine = Machine(find_gpu(str(cfg.slurm.gpu)), cfg.slurm.world, cfg.slurm.tasks, **stated)
+    engine = f"zero{cfg.engine.zero_stage}" if cfg.engine.name == "deepspeed" else cfg.engine.name
+    micro = cfg.train.global_batch // cfg.slurm.world if cfg.train.micro_batch == "auto" else cfg.train.micro_batch
+    return machine, configured(cfg, engine), micro  # type: ignore[arg-type]
+
+
 def _memory(cfg: Config) -> Iterator[str]:
     """The planner's prediction for the GPU, where one is named."""
-    from pipeline.planner import GIB, Machine, configured, find_gpu, largest_batch
+    from pipeline.planner import GIB, largest_batch
 
     if cfg.slurm.gpu is None:
         return
-    machine = Machine(find_gpu(cfg.slurm.gpu), cfg.slurm.world, cfg.slurm.tasks)
-    engine = f"zero{cfg.engine.zero_stage}" if cfg.engine.name == "deepspeed" else cfg.engine.name
-    layout = configured(cfg, engine)  # type: ignore[arg-type]
-    share = cfg.train.global_batch // cfg.slurm.world
-    micro = share if cfg.train.micro_batch == "auto" else cfg.train.micro_batch
-    fits = largest_batch(cfg, machine, layout, accumulates=micro < share)
+    machine, layout, micro = prediction(cfg)
+    fits = largest_batch(cfg, machine, layout, accumulates=micro < cfg.train.global_batch // cfg.slurm.world)
     if fits < micro:
         raise UserError(f"train.micro_batch = {micro}: {fits} images are predicted to fit a {cfg.slurm.gpu} "
                         f"({machine.gpu.memory_gib:g} GiB) with engine.name={cfg.engine.name}; set train.micro_batch, "

@@ -1,6 +1,7 @@
 """The verbs for Slurm, to functions, nothing else."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,13 @@ Settings = Annotated[
     list[str],
     typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files or shipped names, then settings to change."),
 ]
+
+
+class Scaling(StrEnum):
+    """What `scale` keeps."""
+
+    per_process = "per-process"
+    fixed = "fixed"
 
 
 def submit(
@@ -85,3 +93,26 @@ def logs(
 
     for line in lines(find_runs([run])[0], rank, forever=follow):
         typer.echo(line)
+
+
+def scale(
+    settings: Settings,
+    steps: Annotated[int, typer.Option(min=1, help="Length of each point's run.")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps at its start that do not count.")] = 10,
+    batch: Annotated[
+        Scaling,
+        typer.Option(help="per-process: it grows with the processes (weak scaling); fixed: they share one (strong)."),
+    ] = Scaling.per_process,
+    wait: Annotated[bool, typer.Option("--wait", help="Until all points have ended.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the table as JSON.")] = None,
+    network: Annotated[float, typer.Option(min=1e-3, help="GB/s that a host sends to others, for the estimate.")] = 400,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="The share of the GPUs' FLOP/s, for the estimate.")] = 0.4,
+) -> None:
+    """Measure short runs at each point of a product of settings; values with commas span it. Call again for the table.
+
+    Example: patchmill scale imagenet/mae_vit_b engine/fsdp2 slurm/one_node nodes=1,2,4 model.name=vit_b,vit_l
+    slurm.gpu=H100 data.train=train.beton run.dir=runs/scale
+    """
+    from slurm.scale_run import Choice, scale
+
+    scale(settings, Choice(steps, warmup, batch.value, {"network": network, "mfu": mfu}), out, wait=wait)
