@@ -5,7 +5,7 @@ A point is a run of its own in the folder ``run.dir``, named by its settings. Wh
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -46,9 +46,10 @@ class Point:
 
     @property
     def series(self) -> str:
-        """The settings that do not say how many processes there are; points that agree in them are compared."""
-        others = [value for key, value in self.settings.items() if key not in PROCESSES]
-        return " ".join(others) or f"{self.cfg.method.name} {self.cfg.model.name}"
+        """All settings but the first one that says how many processes there are; points that agree in it are compared."""
+        counted = next((key for key in PROCESSES if key in self.settings), None)
+        others = {key: value for key, value in self.settings.items() if key != counted}
+        return " ".join(words_of(others)) or f"{self.cfg.method.name} {self.cfg.model.name}"
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,10 @@ def read_axes(words: Sequence[str], own: Iterable[str]) -> tuple[dict[str, list[
     return axes, others
 
 
-def name_of(settings: dict[str, str]) -> str:
-    """A folder's name, such as ``nodes-2_vit_l``."""
-    parts = []
-    for key, value in settings.items():
-        last, text = key.rpartition(".")[2], re.sub(r"[^\w.+-]+", "-", value).strip("-")
-        parts.append(text if last == "name" else f"{last}-{text}")
-    return "_".join(parts)
+def words_of(settings: Mapping[str, str]) -> list[str]:
+    """A word for each setting that may be in a file's name, such as ``nodes-2`` and ``vit_l``."""
+    texts = {key: re.sub(r"[^\w.+-]+", "-", value).strip("-") for key, value in settings.items()}
+    return [text if key.endswith(".name") else f"{key.rpartition('.')[2]}-{text}" for key, text in texts.items()]
 
 
 class Problems:
@@ -150,7 +148,7 @@ def read_points(settings: Sequence[str], steps: int, batch: Batch) -> tuple[Conf
     files = [word for word in settings if "=" not in word]
     chosen = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     words = [[*others, *(f"{key}={value}" for key, value in {**some, **own}.items())] for some in chosen]
-    names, problems, first = [name_of(some) for some in chosen], Problems(), list[Config]()
+    names, problems, first = ["_".join(words_of(some)) for some in chosen], Problems(), list[Config]()
     if len(set(names)) < len(names):
         raise UserError(
             f"two points would have one folder: {', '.join(sorted({n for n in names if names.count(n) > 1}))}"
@@ -244,17 +242,17 @@ def follow(points: Sequence[Point]) -> list[Standing]:
             }
             unsure = [one for one in standings if one.state == "failed" and one.status and one.status.state == "UNKNOWN"
                       and time.monotonic() - heard[one.point.name] < UNHEARD_S]  # fmt: skip
-            progress.update(
-                len(points) - len(live) - len(unsure), text=", ".join(map(describe, live[:4])) or "all ended"
-            )
+            progress.update(len(points) - len(live) - len(unsure), text=describe(live))
             if not live and not unsure:
                 return standings
             time.sleep(POLL_S)
 
 
-def describe(standing: Standing) -> str:
-    """A point's name and where it is, in words."""
-    return f"{standing.point.name} {progress_of(standing)}"
+def describe(live: Sequence[Standing]) -> str:
+    """Where the points that have a job are: those that run with their step, of the others how many."""
+    running = [f"{one.point.name} {progress_of(one)}" for one in live if one.state == "running"]
+    waiting = len(live) - len(running)
+    return ", ".join([*running, *([f"{waiting} wait"] if waiting else [])]) or "all ended"
 
 
 def progress_of(standing: Standing) -> str:

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from pipeline.compare_figure import COLOURS
 from slurm.scale_table import Row
 
 MEASURED: Final = {"ls": "-", "marker": "o", "ms": 4, "lw": 1.6, "zorder": 3}
@@ -59,6 +58,8 @@ def _axes(above: Axes, below: Axes, rows: Sequence[Row]) -> None:
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
     """Two panels above each other with one legend. Raises ValueError without a measured row."""
+    from pipeline.compare_figure import COLOURS
+
     figure = Figure(figsize=(7.6, 7.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     names = list(dict.fromkeys(row.series for row in rows))

@@ -9,8 +9,6 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.config import Config, RunFailed
-from pipeline.estimate import flops_per_image
-from pipeline.runlog import LOG, Record, read_log
 from slurm.checks import prediction
 from slurm.scale import INTERVAL, Standing, progress_of
 
@@ -65,7 +63,9 @@ class Row:
 
 def measure(run: Path, warmup: int) -> Measured | None:
     """What the log of a run says of the steps after ``warmup`` of its newest session; None where it has none of them."""
-    records: list[Record] = read_log(run / LOG) if (run / LOG).exists() else []
+    from pipeline.runlog import LOG, read_log
+
+    records = read_log(run / LOG) if (run / LOG).exists() else []
     begun = max((at for at, record in enumerate(records) if record["kind"] in TRAINER), default=None)
     if begun is None:
         return None
@@ -104,6 +104,8 @@ def predict(cfg: Config, stated: Mapping[str, float]) -> Predicted | None:
 
 def row_of(standing: Standing, warmup: int, stated: Mapping[str, float]) -> Row:
     """A point without what only the others tell."""
+    from pipeline.estimate import flops_per_image
+
     point, cfg = standing.point, standing.point.cfg
     world = cfg.slurm.world
     micro = cfg.train.global_batch // world if cfg.train.micro_batch == "auto" else cfg.train.micro_batch
