@@ -87,13 +87,13 @@ def split(value: str) -> list[str]:
 
 
 def read_axes(words: Sequence[str], own: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """(values of each axis, the other settings). Raises ConfigError; ``own`` are keys that cannot be set."""
+    """(values of each axis, the other settings). Raises ConfigError; ``own``: the keys of ``short``, which has the last word."""
     axes, others, problems = dict[str, list[str]](), list[str](), list[str]()
     for word in words:
         key, _, value = word.partition("=")
         key, values = SHORTHAND.get(key, key), split(value)
-        if key in own:
-            problems.append(f"{key}: is the measurement's own and cannot be set (--steps says how long a point is)")
+        if key in own and (len(values) > 1 or key == "train.steps"):  # other single values of them are replaced
+            problems.append(f"{key}: is the measurement's own and cannot be set; --steps says how long a point is")
         elif key in axes:
             problems.append(f"{key}: is given twice")
         elif len(values) == 1:

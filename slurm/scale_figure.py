@@ -73,5 +73,5 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
         kinds["estimate"] = ESTIMATE
     entries += [Line2D([], [], color="0.3", **style, label=name) for name, style in kinds.items()]
     figure.legend(handles=entries, loc="outside lower center", ncols=min(4, len(entries)), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title}; bars: 5 to 95 % of them", fontsize=10)
     return figure

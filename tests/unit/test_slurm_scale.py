@@ -52,7 +52,8 @@ def test_axes_are_told_from_settings() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [(["nodes=4"], "such as nodes=1,2,4"), (["nodes=1,2", "slurm.nodes=1,4"], "slurm.nodes: is given twice"),
-     (["nodes=1,2", "train.steps=9"], "train.steps: is the measurement's own"), (["nodes=1,1"], "has a value twice"),
+     (["nodes=1,2", "train.steps=9"], "train.steps: is the measurement's own"),
+     (["train.epochs=1,2"], "train.epochs: is the measurement's own"), (["nodes=1,1"], "has a value twice"),
      (["nodes=1,2", "run.dir=a,b"], "run.dir: is one for all points"), (["nodes=1,2", "tracking.uri=a,b"], "tracking.uri: is one")],
 )  # fmt: skip
 def test_what_spans_no_product_is_refused(words: list[str], said: str) -> None:
@@ -61,7 +62,16 @@ def test_what_spans_no_product_is_refused(words: list[str], said: str) -> None:
 
 
 def test_points_are_short_runs_whose_batch_grows_with_the_processes(tmp_path: Path) -> None:
-    words = settings(tmp_path, "nodes=2,4", "slurm.tasks_per_node=2", "model.name=vit_p,vit_t", "train.micro_batch=8")
+    words = settings(
+        tmp_path,
+        "nodes=2,4",
+        "slurm.tasks_per_node=2",
+        "model.name=vit_p,vit_t",
+        "train.micro_batch=8",
+        "train.epochs=800",
+        "checkpoint.every_steps=10",
+        "eval.loss_every=5",
+    )
     shared, points = read_points(words, 50, "per-process")
     assert [point.name for point in points] == ["nodes-2_vit_p", "nodes-2_vit_t", "nodes-4_vit_p", "nodes-4_vit_t"]
     assert [point.cfg.train.global_batch for point in points] == [64, 64, 128, 128]
@@ -387,7 +397,10 @@ def test_the_figure_shows_speed_and_efficiency_of_each_series() -> None:
     shares = [list(line.get_ydata()) for line in below.lines if line.get_gid() == "measured"]
     assert shares[0] == pytest.approx([100, 90, 60]) and math.isnan(shares[2][1])
     legend = [text.get_text() for text in figure.legends[0].texts]
-    assert legend == ["a", "b", "c", "measured", "ideal", "estimate"] and figure.get_suptitle() == "weak scaling"
+    assert (
+        legend == ["a", "b", "c", "measured", "ideal", "estimate"]
+        and figure.get_suptitle() == "weak scaling; bars: 5 to 95 % of them"
+    )
     plain = draw(compare([row("x", "mae", 1, 5.0)]), "one")
     assert [text.get_text() for text in plain.legends[0].texts] == ["mae", "measured", "ideal"]
 
