@@ -82,8 +82,7 @@ def split(value: str) -> list[str]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
         return [value]  # whatever is wrong with it is said where it is read
-    found = [text[item.start_mark.index : item.end_mark.index] for item in node.value]
-    return found if len(found) > 1 else [value]
+    return [text[item.start_mark.index : item.end_mark.index] for item in node.value] or [value]
 
 
 def read_axes(words: Sequence[str], own: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:

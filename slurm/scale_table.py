@@ -66,17 +66,16 @@ def measure(run: Path, warmup: int) -> Measured | None:
     from pipeline.runlog import LOG, read_log
 
     records = read_log(run / LOG) if (run / LOG).exists() else []
-    begun = max((at for at, record in enumerate(records) if record["kind"] in TRAINER), default=None)
-    if begun is None:
+    start = next((record for record in reversed(records) if record["kind"] in TRAINER), None)
+    if start is None:
         return None
-    start, since = records[begun], records[begun:]
     # The images/s of an interval count when all its steps do.
     first = -(-(start["step"] + warmup) // INTERVAL) * INTERVAL
-    lines = [record for record in since if record["kind"] == "train" and record["step"] > first]
+    lines = [record for record in records if record["kind"] == "train" and record["step"] > first]
     if not lines:
         return None
     low, middle, high = np.percentile([line["images_per_s"] for line in lines], [5, 50, 95]).tolist()
-    stop = next((record for record in reversed(since) if record["kind"] == "stop"), {})
+    stop = next((record for record in reversed(records) if record["kind"] == "stop"), {})
     waiting = float(np.median([line["data_wait"] for line in lines]))
     return Measured(middle, low, high, waiting, stop.get("peak_gib"), str(start.get("device", "")), lines[-1]["time"])
 

@@ -353,14 +353,17 @@ def test_a_wait_does_not_take_a_silent_slurm_for_the_end(tmp_path: Path, cluster
 
 
 def test_points_of_other_settings_are_not_mixed(tmp_path: Path, cluster: Cluster) -> None:
-    scale_run.scale(settings(tmp_path, "nodes=1,2"), CHOICE, None, wait=False)
+    words = settings(tmp_path, "nodes=1,2", "tracking.uri=none")
+    scale_run.scale(words, CHOICE, None, wait=False)
+    cluster.end(tmp_path / "runs" / "nodes-1", speed=50.0)
     with pytest.raises(
         ConfigError, match=r"nodes-1, nodes-2: was measured with engine.compile = False \(not True\); choose"
     ):
-        scale_run.scale(settings(tmp_path, "nodes=1,2", "engine.compile=true"), CHOICE, None, wait=False)
+        scale_run.scale([*words, "engine.compile=true"], CHOICE, None, wait=False)
     with pytest.raises(ConfigError, match=r"train.steps = 30 \(not 40\)"):
-        scale_run.scale(settings(tmp_path, "nodes=1,2"), Choice(40, 10, "per-process", {}), None, wait=False)
-    scale_run.scale(settings(tmp_path, "nodes=1,2,4", "slurm.time=60", "slurm.gpu=H100"), CHOICE, None, wait=False)
+        scale_run.scale(words, Choice(40, 10, "per-process", {}), None, wait=False)
+    free = ["nodes=1,2,4", "slurm.time=60", "slurm.gpu=H100", "slurm.signal_lead_s=150"]
+    scale_run.scale([*words[:-2], *free, "tracking.uri=none"], CHOICE, None, wait=False)
     assert cluster.queued == ["nodes-1", "nodes-2", "nodes-4"]
 
 
