@@ -327,12 +327,13 @@ class Trainer:
         """Say why it ended; draw a figure at the end of a run."""
         done = self.step == self.plan.total_steps
         reason = "done" if done else f"stopped by {signal_name}"
-        peak = max(self.world.gather(peak_gib(self.device)))  # of training: before the figure
+        peak: dict[str, float] = {}
         if done:
+            peak = {"peak_gib": max(self.world.gather(peak_gib(self.device)))}  # of training, without the figure
             self.heart.beat("figure", self.step)
             self._figure()
         self.heart.beat("end", self.step)
-        self.run_log.write("stop", step=self.step, reason=reason, peak_gib=peak)
+        self.run_log.write("stop", step=self.step, reason=reason, **peak)
         self._write_why(
             done=done and saved, reason=reason if saved else f"{reason}, but the last state could not be saved"
         )

@@ -63,6 +63,10 @@ def test_a_finished_run_has_a_line_a_step_the_newest_checkpoints_a_figure_and_a_
     line = next(line for line in read_log(finished / "log.jsonl") if line["kind"] == "train")
     names = {"step", "samples_seen", "epoch", "loss", "grad_norm", "lr", "images_per_s", "data_wait", "time"}
     assert names <= line.keys()
+    start, stop = (
+        next(line for line in read_log(finished / "log.jsonl") if line["kind"] == kind) for kind in ("start", "stop")
+    )
+    assert start["device"] == "cpu" and 0.1 < stop["peak_gib"] < 16
     assert load_config([finished / "config.yaml"]).train.epochs == 3
     assert re.search(r"decoding threads: \d+ \(", (finished / "log.txt").read_text())
 
