@@ -7,7 +7,7 @@ import pytest
 
 from tests.slurm.test_jobs import SETTINGS, patchmill
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
 def test_points_are_measured_once_and_what_failed_again(cluster, tmp_path) -> None:
