@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
@@ -116,8 +116,12 @@ def _offload(cfg: Config) -> Iterator[str]:
                "make room there, set it to another folder, or take more hosts")  # fmt: skip
 
 
-def check(cfg: Config) -> str:
-    """A summary of a configuration whose data and folders are in order. Raises ConfigError with every problem."""
+def check(cfg: Config, coming: Collection[str] = ()) -> str:
+    """A summary of a configuration whose data and folders are in order. Raises ConfigError with every problem.
+
+    ``coming``: which of train and val are still to be packed; nothing is asked of their files.
+    """
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update=dict.fromkeys(coming))})
     lines, problems = [], []
     samples = cfg.data.num_samples
     if cfg.data.loader != "synthetic":
@@ -135,7 +139,7 @@ def check(cfg: Config) -> str:
                 lines += look(cfg) or []
             except UserError as error:
                 problems.append(str(error))
-    if not problems:
+    if not problems and "train" not in coming:
         try:
             plan, batch = Plan.of(cfg, samples), cfg.train.global_batch
             flops = flops_per_image(cfg).step * plan.total_steps * batch

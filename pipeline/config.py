@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.costs import num_visible, teacher_schedule
+from pipeline.section import Section
 from pipeline.settings import (
     EXPONENT,
     METHOD_CONFIGS,
@@ -24,7 +25,6 @@ from pipeline.settings import (
     OptimConfig,
     PCAEConfig,
     RandSACConfig,
-    Section,
 )
 from pipeline.zero_config import zero_problems
 
@@ -66,14 +66,15 @@ class ConfigError(UserError):
 
 
 # Settings that may change when a run is resumed: where things lie, how often something is said, how fast it runs.
-FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "profile.", "slurm.", "data.train",
+FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "profile.", "slurm.", "chain.", "data.train",
                   "data.val", "data.jit",
                   "data.threads", "data.stage_in", "data.eval_crop", "train.micro_batch", "engine.name", "engine.zero_stage",
                   "engine.deepspeed.", "engine.offload", "engine.shard_size", "engine.reshard_after_forward",
                   "engine.checkpoint_layers", "engine.compile", "engine.backend", "engine.interface",
                   "engine.timeout_s")  # fmt: skip
 
-PATHS = {"run": ("dir",), "data": ("train", "val", "stage_in"), "engine": ("offload_dir",)}
+PATHS = {"run": ("dir",), "data": ("train", "val", "stage_in"), "engine": ("offload_dir",),
+         "chain": ("train_images", "val_images")}  # fmt: skip
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

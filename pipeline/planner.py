@@ -25,7 +25,7 @@ from pipeline.memory import (
     passing,
     state,
 )
-from pipeline.settings import Section
+from pipeline.section import Section
 from pipeline.zero_memory import Zero, offload_bytes, zero_passing, zero_state, zero_traffic
 
 USED: Final = 0.9  # of a GPU's memory; the allocator and CUDA want the rest

@@ -4,20 +4,23 @@ import re
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import Field, Strict
 
+from pipeline.chain_settings import ChainConfig
 from pipeline.costs import MODELS, ModelShape
+from pipeline.section import (
+    Fraction01,
+    Interval,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    Rate,
+    Ratio,
+    Section,
+)
 
 # (tag, pattern, first characters) of numbers with an exponent, as YAML 1.2 reads them: loading and dumping must agree.
 EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction01 = Annotated[float, Field(ge=0, le=1)]
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-Ratio = Annotated[float, Field(gt=0, le=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Interval = Annotated[tuple[float, float], Strict(False)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -25,12 +28,6 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_implicit_resolver(*EXPONENT)
-
-
-class Section(BaseModel):
-    """A group of settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class RunConfig(Section):
@@ -347,6 +344,7 @@ class Config(Section):
     guard: GuardConfig = GuardConfig()
     profile: ProfileConfig = ProfileConfig()
     slurm: SlurmConfig = SlurmConfig()
+    chain: ChainConfig = ChainConfig()
 
     @property
     def shape(self) -> ModelShape:

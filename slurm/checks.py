@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -71,10 +71,11 @@ def job_problems(cfg: Config) -> Iterator[str]:
     yield from ()
 
 
-def _configuration(cfg: Config) -> list[str]:
+def configuration(cfg: Config, coming: Collection[str] = ()) -> list[str]:
+    """What `patchmill check` says; of the images in ``coming``, train or val, nothing is asked."""
     from pipeline.check import check
 
-    return check(cfg).splitlines()[:-1]
+    return check(cfg, coming).splitlines()[:-1]
 
 
 def _processes(cfg: Config) -> Iterator[str]:
@@ -158,7 +159,6 @@ def _tracking(cfg: Config) -> Iterator[str]:
 
 
 CHECKS: Final[tuple[Callable[[Config], Iterable[str]], ...]] = (
-    _configuration,
     job_problems,
     _processes,
     _memory,

@@ -39,6 +39,26 @@ def submit(
     typer.echo(str(plan(cfg, queue=False)) if dry_run else queue(cfg))
 
 
+def chain(
+    settings: Settings,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch scripts and the plan; queue nothing.")
+    ] = False,
+) -> None:
+    """Pack images (chain.train_images, chain.val_images), train and probe (chain.evals): jobs that wait for each other.
+
+    The same command again queues what is not done. Where a stage fails, those after it are cancelled.
+
+    Example: patchmill chain cifar10/mae data.train=train.beton data.val=val.beton run.dir=runs/mae
+    chain.train_images=photos/train chain.val_images=photos/val
+    """
+    from pipeline.config import load_config
+    from slurm.chain import chain as queue
+
+    cfg = load_config([s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+    typer.echo(queue(cfg, dry_run=dry_run))
+
+
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of runs.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a submitted run.")]
 
@@ -50,12 +70,15 @@ def status(runs: Runs) -> None:
     """
     from rich.console import Console
 
+    from slurm.chain import stages
     from slurm.status import find_runs, look, replay, table
 
     found = [look(run) for run in find_runs(runs)]
     console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
     console.print(table(found))
     for run in found:
+        for line in stages(run):
+            console.print(f"{run.run.name}: {line}")
         if run.why not in ("", "done"):
             console.print(f"{run.run.name} stopped last: {run.why}")
         for line in run.tail:
@@ -68,11 +91,11 @@ def status(runs: Runs) -> None:
 def cancel(
     run: Run, patience: Annotated[float, typer.Option(min=1, help="Seconds that it may take to save.")] = 300
 ) -> None:
-    """Save a submitted run, end its job and do not let it come back; `submit` goes on from there.
+    """Save a submitted run, end its job, and of a chain all jobs, and do not let it come back; `submit` goes on from there.
 
     Example: patchmill cancel runs/pcae
     """
-    from slurm.status import cancel as end
+    from slurm.chain import cancel as end
     from slurm.status import find_runs
 
     for folder in find_runs([run]):

@@ -48,7 +48,8 @@ def find_runs(places: list[Path]) -> list[Path]:
     return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def log_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a run's log."""
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -62,7 +63,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def look(run: Path) -> Status:
     """A run's status now."""
-    record, log = read_json(run / JOB), _lines(run / "log.jsonl")
+    record, log = read_json(run / JOB), log_lines(run / "log.jsonl")
     job = str(record.get("job", ""))
     state, reason = slurm_state(job) if job else ("UNKNOWN", "")
     train = [
@@ -84,7 +85,7 @@ def look(run: Path) -> Status:
     return Status(
         run, job, state, reason, step, total, train[-1]["loss"] if train else None, speed,
         (total - step) * pace if alive and pace and total else None, max(0, len(begun) - 1),
-        len(_lines(run / "log.discarded.jsonl")), min(1.0, pace * len(train) / spent) if pace and spent else None,
+        len(log_lines(run / "log.discarded.jsonl")), min(1.0, pace * len(train) / spent) if pace and spent else None,
         told or str(why.get("reason", "")), [] if why.get("done") or not begun else first_failure(run, begun[-1]["attempt"]),
     )  # fmt: skip
 

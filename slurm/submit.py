@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.config import CONFIG_DIR, Config, ConfigError, UserError
-from slurm.checks import CHECKS, mlflow_uri, signal_lead
+from slurm.checks import CHECKS, configuration, mlflow_uri, signal_lead
 from slurm.job import CANCELLED, CONFIG, read_json
 from slurm.queue import ask
 
@@ -73,37 +74,54 @@ def snapshot(root: Path, target: Path, files: list[str]) -> None:
     partial.rename(target)
 
 
+def threads(cpus: int | None) -> list[str]:
+    """Of a batch script: no more threads than a process has CPUs."""
+    return [f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}}"] if cpus else []
+
+
+def code_path(code: Path | None) -> list[str]:
+    """Of a batch script: Python finds the copy of the code, where there is one."""
+    # Without the first the folder that the job is submitted from, often the tree itself, would come before the copy.
+    path = f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    return [path] if code else []
+
+
+def commands(cfg: Config) -> list[str]:
+    """Of a batch script: what the configuration sets up."""
+    return [*(f"export {key}={shlex.quote(value)}" for key, value in cfg.slurm.environment.items()), *cfg.slurm.setup]
+
+
 def parameters(cfg: Config, code: Path | None) -> dict[str, Any]:
     """What submitit is told of the job."""
     asked, run = cfg.slurm, Path(cfg.run.dir).resolve()
     python = shlex.quote(sys.executable)
-    # Without the first the folder that the job is submitted from, often the tree itself, would come before the copy.
-    path = f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    setup = [*([path] if code else []),
+    setup = [*code_path(code),
              # Whatever ends the job: its tasks, what is set up for them, or a signal to this script.
              f"trap {shlex.quote(f'{python} -m slurm.job {shlex.quote(str(run))}; exit $?')} EXIT",
              # submitit refuses to write a result where a killed process left half of one.
              f"rm -f {shlex.quote(str(run / FOLDER))}/*.save_tmp",
-             *(f"export {key}={shlex.quote(value)}" for key, value in asked.environment.items()), *asked.setup]  # fmt: skip
-    threads = asked.cpus_per_task and f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{asked.cpus_per_task}}}"
+             *commands(cfg)]  # fmt: skip
     more: dict[str, Any] = {"time": asked.time, "requeue": True} | ({"mem": asked.mem} if asked.mem else {})
     found = {
         "job_name": run.name, "nodes": asked.nodes, "ntasks_per_node": asked.tasks, "signal_delay_s": signal_lead(cfg),
         "partition": asked.partition, "account": asked.account, "qos": asked.qos, "constraint": asked.constraint,
         "gpus_per_node": asked.gpus_per_node or None, "cpus_per_task": asked.cpus_per_task, "stderr_to_stdout": True,
-        "setup": [*([threads] if threads else []), *setup], "additional_parameters": more | dict(asked.directives),
+        "setup": [*threads(asked.cpus_per_task), *setup], "additional_parameters": more | dict(asked.directives),
         # A task that failed ends the others; since 22.05 srun does not take over the CPUs of a task.
         "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else [])],
     }  # fmt: skip
     return {key: value for key, value in found.items() if value is not None}
 
 
-def plan(cfg: Config, *, queue: bool) -> Plan:
-    """The job of a configuration. Raises ConfigError with every problem; without Slurm only where it is to be queued."""
+def plan(cfg: Config, *, queue: bool, coming: Collection[str] = ()) -> Plan:
+    """The job of a configuration. Raises ConfigError with every problem; without Slurm only where it is to be queued.
+
+    ``coming``: which of train and val are packed before it runs.
+    """
     from submitit.slurm.slurm import _make_sbatch_string
 
     lines, problems = [], list[str]()
-    for look in CHECKS:
+    for look in (partial(configuration, coming=coming), *CHECKS):
         try:
             lines += look(cfg)
         except ConfigError as error:
@@ -122,7 +140,7 @@ def plan(cfg: Config, *, queue: bool) -> Plan:
     if subprocess.run(["/bin/bash", "-n"], input=script.encode(), capture_output=True, check=False).returncode:
         problems.append("slurm.setup: is not what bash understands; a quote may be open")
     if shutil.which("sbatch") is not None:
-        problems += _refusal(script)
+        problems += refusal(script)
     elif queue:
         problems.append("sbatch is not on this host: submit where Slurm is")
     else:
@@ -135,7 +153,7 @@ def plan(cfg: Config, *, queue: bool) -> Plan:
     return Plan(run, told, script, lines, code, files)
 
 
-def _refusal(script: str) -> Iterator[str]:
+def refusal(script: str) -> Iterator[str]:
     """What Slurm has against a batch script, without queueing it."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
@@ -146,7 +164,7 @@ def _refusal(script: str) -> Iterator[str]:
         yield "slurm: " + " ".join(line.removeprefix("allocation failure:").strip() for line in lines)
 
 
-def _require_no_job(run: Path) -> None:
+def require_no_job(run: Path) -> None:
     """Raises UserError while a job of this run is queued or runs, by what Slurm knows of their scripts."""
     code, said = ask("squeue", "-h", "-o", "%i|%T|%o")
     if code:
@@ -159,30 +177,42 @@ def _require_no_job(run: Path) -> None:
 
 def submit(cfg: Config) -> str:
     """Queue the job; what is to be said. Raises ConfigError with every problem, UserError when the run has a job already."""
-    import submitit
-
-    from pipeline.runlog import replace_file
-    from slurm import job
-
     ready = plan(cfg, queue=True)
     if read_json(ready.run / "why_stopped.json").get("done"):
         raise UserError(f"run.dir = {ready.run}: that run is done; choose another folder")
-    _require_no_job(ready.run)
+    require_no_job(ready.run)
+    prepare(cfg, ready)
+    number = enqueue(cfg, ready)
+    return "\n".join([*ready.lines, f"submitted: job {number}; patchmill status {ready.run}"])
+
+
+def prepare(cfg: Config, ready: Plan) -> None:
+    """What a job finds in its run folder: the configuration and the code."""
     (ready.run / FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
     (ready.run / CANCELLED).unlink(missing_ok=True)
     (ready.run / CONFIG).write_text(
         cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": str(ready.run)})}).to_yaml()
     )
-    (ready.run / FOLDER / "job.sh").write_text(ready.script)
     root = source_tree()
     if root is not None and ready.code is not None:
         ready.code.parent.mkdir(exist_ok=True)
         snapshot(root, ready.code, ready.files)
+
+
+def enqueue(cfg: Config, ready: Plan, **more: str) -> str:
+    """Hand the training to Slurm, with ``more`` options of sbatch; its job's number."""
+    import submitit
+
+    from pipeline.runlog import replace_file
+    from slurm import job
+
+    (ready.run / FOLDER / "job.sh").write_text(ready.script)
     uri = mlflow_uri(cfg)
     record = {"tracking": uri, "tracking_waits": uri != "none" and not uri.startswith("http"), "world": cfg.slurm.world}
     replace_file(ready.run / JOB, json.dumps(record).encode())  # the job may start before its number is known here
     executor = submitit.SlurmExecutor(ready.run / FOLDER)
-    executor.update_parameters(**ready.parameters)
-    number = executor.submit(job.supervise, str(ready.run)).job_id
+    told = ready.parameters
+    executor.update_parameters(**told | {"additional_parameters": told["additional_parameters"] | more})
+    number: str = executor.submit(job.supervise, str(ready.run)).job_id
     replace_file(ready.run / JOB, json.dumps(record | {"job": number}).encode())
-    return "\n".join([*ready.lines, f"submitted: job {number}; patchmill status {ready.run}"])
+    return number

@@ -16,7 +16,7 @@ VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"]
          ["eval", "linear"], ["visualize"], ["export"], ["sync"], ["compare"], ["bench", "data"], ["bench", "methods"],
          ["bench", "attention"], ["bench", "parity"], ["bench", "engines"], ["bench", "loop"],
          ["bench", "tracking"], ["bench", "save"], ["quickstart"],
-         ["submit"], ["status"], ["cancel"], ["logs"], ["scale"]]  # fmt: skip
+         ["submit"], ["chain"], ["scale"], ["status"], ["cancel"], ["logs"]]  # fmt: skip
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

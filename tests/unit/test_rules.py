@@ -15,8 +15,8 @@ FILES = {
     for folder in FOLDERS
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-NO_TORCH = ("config", "settings", "keys", "order", "costs", "estimate", "memory", "planner", "forecast", "zero_config",
-            "zero_memory")  # fmt: skip
+NO_TORCH = ("config", "settings", "section", "chain_settings", "keys", "order", "costs", "estimate", "memory", "planner",
+            "forecast", "zero_config", "zero_memory")  # fmt: skip
 HEAVY = {
     "torch",
     "torchvision",
@@ -141,7 +141,7 @@ def test_methods_stand_on_segments_vit_keys_and_costs(module: str) -> None:
 
 @pytest.mark.parametrize("module", [name for name in FILES if not name.startswith("pipeline")])
 def test_data_preparation_and_cluster_see_little_of_the_pipeline(module: str) -> None:
-    allowed = {f"pipeline.{name}" for name in ("config", "settings", "keys", "costs")}
+    allowed = {f"pipeline.{name}" for name in ("config", "settings", "chain_settings", "keys", "costs")}
     found = {name for name in own(imported_by(module, inside_functions=False)) if name.startswith("pipeline")}
     assert found <= allowed
     assert not tops(imported_by(module, inside_functions=False)) & {"torch", "ffcv", "mlflow", "submitit"}

@@ -207,11 +207,11 @@ def test_a_second_job_is_refused_by_what_slurm_knows(tmp_path: Path, monkeypatch
     answer = (0, f"7|RUNNING|{tmp_path}/other/slurm/a.sh\n8|PENDING|{tmp_path}/run/slurm/submission_file_1.sh\n")
     monkeypatch.setattr(submit, "ask", lambda *_: answer)
     with pytest.raises(UserError, match="its job 8 is pending; patchmill cancel"):
-        submit._require_no_job(tmp_path / "run")
-    submit._require_no_job(tmp_path / "ru")
+        submit.require_no_job(tmp_path / "run")
+    submit.require_no_job(tmp_path / "ru")
     answer = (1, "Unable to contact slurm controller")
     with pytest.raises(UserError, match="squeue does not say"):
-        submit._require_no_job(tmp_path / "run")
+        submit.require_no_job(tmp_path / "run")
 
 
 @pytest.mark.parametrize("fails", ["--signal=USR2", "7"])

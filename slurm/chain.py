@@ -1,0 +1,335 @@
+"""``patchmill chain``: packing, training and probes as jobs that wait for each other, and what has become of them."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from data_prep.kinds import open_source
+from data_prep.manifest import load_header
+from data_prep.verify import check_seal, load_seal
+from pipeline.chain_settings import StageConfig
+from pipeline.config import Config, ConfigError, RunFailed, UserError, load_config
+from slurm import status
+from slurm.checks import KEPT, mlflow_uri, seconds
+from slurm.job import CONFIG, read_json
+from slurm.queue import LIVE, ask, slurm_state
+from slurm.submit import (
+    FOLDER,
+    JOB,
+    Plan,
+    code_path,
+    commands,
+    enqueue,
+    plan,
+    prepare,
+    refusal,
+    require_no_job,
+    threads,
+)
+
+CHAIN: Final = "slurm/chain.json"  # the newest job of each stage, by its name
+RESULTS: Final = {"knn": "knn_model", "linear": "linear_heads_model"}  # in the log's eval lines
+ORDER: Final = ("prep", "train", *RESULTS)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A beton that is still to be made (``which``: train or val), and of what."""
+
+    which: str
+    images: Path
+    beton: Path
+
+    @property
+    def manifest(self) -> Path:
+        """Where the scan lists the images."""
+        return self.beton.with_suffix(".jsonl")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What is to be done: the training's plan, the batch scripts by stage, and what is to be said of the other stages."""
+
+    ready: Plan
+    scripts: dict[str, str]
+    lines: list[str]
+
+    def __str__(self) -> str:
+        """The scripts in their order, and the plan."""
+        parts = [f"# ---- {name}\n{script.rstrip()}\n" for name, script in self.scripts.items()]
+        return "\n".join([*parts, *self.ready.lines, *self.lines, f"jobs: {', then '.join(self.scripts)}"])
+
+
+def _done(run: Path) -> bool:
+    return bool(read_json(run / "why_stopped.json").get("done"))
+
+
+def results(run: Path) -> dict[str, float]:
+    """Top-1 in percent by probe, of the last step of a run that is done."""
+    why, found = read_json(run / "why_stopped.json"), dict[str, float]()
+    for line in status.log_lines(run / "log.jsonl") if why.get("done") else []:
+        if line.get("kind") == "eval" and line.get("step") == why.get("step"):
+            found |= {name: line[key] for name, key in RESULTS.items() if key in line}
+    return found
+
+
+def _sealed(beton: Path) -> bool:
+    """Whether a beton is there and good. Raises UserError for one that `prep write` would not replace."""
+    if not beton.exists():
+        return False
+    load_seal(beton)
+    try:
+        check_seal(beton)
+    except UserError:
+        return False  # `prep write` puts the same content in its place
+    return True
+
+
+def _packs(cfg: Config) -> tuple[list[Pack], list[str]]:
+    """The betons that are still to be made, and what stands against it."""
+    packs, problems = list[Pack](), list[str]()
+    for which, images, beton in (
+        ("train", cfg.chain.train_images, cfg.data.train),
+        ("val", cfg.chain.val_images, cfg.data.val),
+    ):
+        if images is None:
+            continue
+        try:
+            if cfg.data.loader != "ffcv":
+                raise UserError(f"is packed into a beton; set data.loader=ffcv (not {cfg.data.loader}) or leave it out")
+            if beton is None:
+                raise UserError(f"data.{which} is not set: the beton to pack it into")
+            if not _sealed(Path(beton)):
+                packs.append(Pack(which, Path(images), Path(beton)))
+                _require_packable(packs[-1], None if which == "train" or packs[0].which == "train" else cfg.data.train)
+        except UserError as error:
+            problems.append(f"chain.{which}_images = {images}: {error}")
+    return packs, problems
+
+
+def _require_packable(pack: Pack, train: str | None) -> None:
+    """Raises UserError where `prep scan` would. ``train``: the beton whose manifest must be there, for its class index."""
+    source, folder = open_source(pack.images), pack.beton.parent
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written; make it, or choose another data.{pack.which}")
+    if pack.manifest.exists() and load_header(pack.manifest)["source"] != str(source.root):
+        raise UserError(f"{pack.manifest} is the manifest of {load_header(pack.manifest)['source']}; delete it, or choose "
+                        f"another data.{pack.which}")  # fmt: skip
+    if train is not None and not Path(train).with_suffix(".jsonl").exists():
+        raise UserError(f"needs {Path(train).with_suffix('.jsonl')} for the class index of data.train, and it is not there; "
+                        "pack it by hand with: patchmill prep scan --against")  # fmt: skip
+
+
+def _problems(cfg: Config) -> Iterator[str]:
+    """What the settings of the chain have wrong."""
+    if cfg.chain.evals and cfg.data.loader != "synthetic" and cfg.data.val is None:
+        yield "data.val: is required and not set: chain.evals tests on its images; or set chain.evals=[]"
+    if "dependency" in cfg.slurm.directives:
+        yield "slurm.directives.dependency: is the chain's own and cannot be set"
+    for name, asked in (("prep", cfg.chain.prep), ("eval", cfg.chain.eval)):
+        if seconds(asked.time) is None:
+            yield f"chain.{name}.time = {asked.time}: should be as sbatch has it, such as 1-00:00:00, 12:30:00 or 90 (minutes)"
+        for key in asked.directives:
+            if key.replace("-", "_") in (*KEPT, "dependency"):
+                yield f"chain.{name}.directives.{key}: is the job's own and cannot be set"
+
+
+def _patchmill(*words: object) -> str:
+    return shlex.join([sys.executable, "-m", "pipeline", *map(str, words)])
+
+
+def _prep(cfg: Config, packs: list[Pack]) -> str:
+    """The commands that pack; where they were killed they go on."""
+    parts, workers = [], ("--workers", cfg.chain.prep.cpus_per_task)
+    for pack in packs:
+        index = () if pack.which == "train" else ("--against", Path(str(cfg.data.train)).with_suffix(".jsonl"))
+        scan = _patchmill("prep", "scan", pack.images, pack.manifest, *workers, *index)
+        parts += [f"{{ test -e {shlex.quote(str(pack.manifest))} || {scan}; }}",  # it would begin anew
+                  _patchmill("prep", "write", pack.manifest, pack.beton, *workers),
+                  _patchmill("prep", "verify", pack.beton, *workers)]  # fmt: skip
+    return " &&\n".join(parts)
+
+
+def _eval(cfg: Config, run: Path, name: str) -> str:
+    """The commands that probe; their result is a line of the run's log, which `status` sends on where no server takes it."""
+    why = shlex.quote(str(run / "why_stopped.json"))
+    parts = [f"{{ grep -q '\"done\": true' {why} || {{ echo 'patchmill: the training is not done'; exit 1; }}; }}",
+             _patchmill("eval", name, run)]  # fmt: skip
+    if mlflow_uri(cfg).startswith("http"):
+        parts.append(f"{{ {_patchmill('sync', run)} || true; }}")  # the result is there all the same
+    return " &&\n".join(parts)
+
+
+def _script(cfg: Config, name: str, asked: StageConfig, command: str, code: Path | None) -> str:
+    """The batch script of a stage. No srun: a signal to its step would end it for good, so it is killed and comes back."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    run = Path(cfg.run.dir).resolve()
+    more: dict[str, Any] = {"time": asked.time, "requeue": True, "output": str(run / FOLDER / f"{name}-%j.out")}
+    return _make_sbatch_string(
+        command=command, folder=run / FOLDER, use_srun=False, job_name=f"{run.name}-{name}", nodes=1, ntasks_per_node=1,
+        cpus_per_task=asked.cpus_per_task, mem=asked.mem, partition=asked.partition or cfg.slurm.partition,
+        account=cfg.slurm.account, qos=cfg.slurm.qos, stderr_to_stdout=True,
+        setup=[*threads(asked.cpus_per_task), *code_path(code), *commands(cfg)],
+        additional_parameters=more | dict(asked.directives),
+    )  # fmt: skip
+
+
+def draft(cfg: Config, *, queue: bool) -> Chain:
+    """What of a chain is still to be done. Raises ConfigError with every problem; without Slurm only to queue it."""
+    run = Path(cfg.run.dir).resolve()
+    packs, problems = _packs(cfg)
+    problems += _problems(cfg)
+    ready: Plan | None = None
+    try:
+        ready = plan(cfg, queue=queue, coming=[pack.which for pack in packs])
+    except ConfigError as error:
+        problems += error.problems
+    code, there, lines = ready.code if ready else None, results(run), list[str]()
+    prep = {"prep": _script(cfg, "prep", cfg.chain.prep, _prep(cfg, packs), code)} if packs else {}
+    probes = {
+        name: _script(cfg, name, cfg.chain.eval, _eval(cfg, run, name), code)
+        for name in cfg.chain.evals
+        if name not in there
+    }
+    for name, script in (prep | probes).items() if shutil.which("sbatch") else ():
+        problems += [f"chain.{'prep' if name == 'prep' else 'eval'}: {line}" for line in refusal(script)]
+    if problems or ready is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    lines += [f"prep: {pack.beton} of {pack.images}" for pack in packs]
+    if not packs and (cfg.chain.train_images or cfg.chain.val_images):
+        lines.append("prep: left out, the betons are there")
+    if _done(run):
+        lines.append("train: left out, the run is done")
+    lines += [f"{name}: left out, {top1:.2f} % top-1" for name, top1 in there.items() if name in cfg.chain.evals]
+    return Chain(ready, prep | ({} if _done(run) else {"train": ready.script}) | probes, lines)
+
+
+def chain(cfg: Config, *, dry_run: bool) -> str:
+    """Queue what is not done; what is to be said.
+
+    Raises ConfigError with every problem, UserError while a job of the run is queued or runs, RunFailed where Slurm refuses.
+    """
+    run = Path(cfg.run.dir).resolve()
+    if _done(run) and not set(cfg.chain.evals) - results(run).keys():
+        return f"{run}: everything is done; patchmill status {run}"
+    todo = draft(cfg, queue=not dry_run)
+    if dry_run:
+        return str(todo)
+    require_no_job(run)
+    prepare(cfg, todo.ready)
+    queued = _queue(cfg, todo)
+    jobs = ", ".join(f"{name} {job}" for name, job in queued.items())
+    return "\n".join([*todo.ready.lines, *todo.lines, f"submitted: {jobs}; patchmill status {run}"])
+
+
+def _queue(cfg: Config, todo: Chain) -> dict[str, str]:
+    """The jobs' numbers by stage. Raises RunFailed when Slurm takes one not; then none is left."""
+    from submitit.core.utils import FailedJobError
+
+    from pipeline.runlog import replace_file
+
+    run, queued = todo.ready.run, dict[str, str]()
+    wanted = ("prep", "train", *cfg.chain.evals)
+    former = {name: job for name, job in read_json(run / CHAIN).items() if name in wanted}
+    try:
+        for name, script in todo.scripts.items():
+            after = _dependency(queued)
+            queued[name] = enqueue(cfg, todo.ready, **after) if name == "train" else _sbatch(run, name, script, after)
+            replace_file(run / CHAIN, json.dumps(former | queued).encode())
+    except (RunFailed, FailedJobError, OSError) as error:
+        if queued:
+            ask("scancel", *queued.values())
+        raise RunFailed(f"{run}: the chain is not queued: {' '.join(str(error).split())}") from None
+    return queued
+
+
+def _dependency(queued: dict[str, str]) -> dict[str, str]:
+    """Options for the next stage. A probe also waits for the one before: that one keeps the features which both need."""
+    needed = queued.get("train", queued.get("prep"))
+    probes = [job for name, job in queued.items() if name in RESULTS]
+    after = [*([f"afterok:{needed}"] if needed else []), *(f"afterany:{job}" for job in probes[-1:])]
+    return {"dependency": ",".join(after), "kill-on-invalid-dep": "yes"} if after else {}
+
+
+def _sbatch(run: Path, name: str, script: str, options: dict[str, str]) -> str:
+    path = run / FOLDER / f"{name}.sh"
+    path.write_text(script)
+    code, said = ask("sbatch", "--parsable", *(f"--{key}={value}" for key, value in options.items()), str(path))
+    numbers = [line.split(";")[0] for line in said.splitlines() if line.split(";")[0].isdigit()]
+    if code or not numbers:
+        raise RunFailed(f"{name}: {said.strip()}")
+    return numbers[-1]
+
+
+def cancel(run: Path, patience_s: float) -> str:
+    """``status.cancel`` for a run and what waits for it or comes before; the training saves first.
+
+    Raises as that does; UserError where nothing is left to cancel.
+    """
+    others = {name: job for name, job in read_json(run / CHAIN).items() if name != "train"}
+    live = {name: job for name, job in others.items() if slurm_state(job)[0] in LIVE}
+    said = [_end(run, name, live[name]) for name in reversed(RESULTS) if name in live]  # the last first: none may start
+    if not live or slurm_state(str(read_json(run / JOB).get("job", 0)))[0] in LIVE:
+        said.append(status.cancel(run, patience_s))
+    return "\n".join([*said, *(_end(run, name, live[name]) for name in live if name == "prep")])
+
+
+def _end(run: Path, name: str, job: str) -> str:
+    code, told = ask("scancel", job)
+    if code:
+        raise RunFailed(f"{run}: Slurm did not take it ({told.strip()}); {name} (job {job}) goes on")
+    return f"{name} (job {job}) is cancelled"
+
+
+def stages(found: status.Status) -> list[str]:
+    """A line a stage of a chain: how far it is, or why it is not; none for a run of `patchmill submit`."""
+    run, lines, broken, waits = found.run, list[str](), "", ""
+    jobs = read_json(run / CHAIN)
+    if jobs and "train" not in jobs:
+        jobs["train"] = found.job or "-"
+    for name in sorted(jobs, key=ORDER.index):
+        state, reason = (found.state, found.reason) if name == "train" else slurm_state(jobs[name])
+        word = _finished(run, name, state)
+        if word is None and state in LIVE and reason != "DependencyNeverSatisfied":
+            word = (
+                f"waits for {waits}" if reason == "Dependency" else state.lower() + (f" ({reason})" if reason else "")
+            )
+            waits = name
+        elif word is None and broken and state in (*LIVE, "CANCELLED"):
+            word = f"cancelled, as {broken}"
+        elif word is None:
+            verdict = {"CANCELLED": "was cancelled", "UNKNOWN": "is not known to Slurm"}.get(state, f"{state.lower()}")
+            word = f"{verdict}{_why(found, name, jobs[name])}"
+            broken = broken or (f"{name} {verdict}" if name not in RESULTS else "")
+        lines.append(f"{name:7} {jobs[name]:>9}  {word}")
+    return lines
+
+
+def _finished(run: Path, name: str, state: str) -> str | None:
+    """What is to be said of a stage that has done its work."""
+    if name in RESULTS:
+        top1 = results(run).get(name)
+        return None if top1 is None else f"done, {top1:.2f} % top-1"
+    if name == "train":
+        return "done" if _done(run) else None
+    if state == "UNKNOWN":  # Slurm has forgotten it: the betons tell
+        data = load_config([run / CONFIG]).data
+        state = "COMPLETED" if all(_sealed(Path(beton)) for beton in (data.train, data.val) if beton) else state
+    return "done" if state == "COMPLETED" else None
+
+
+def _why(found: status.Status, name: str, job: str) -> str:
+    """The reason of a stage that ended early, from its log: the last line in our own words, else the last one."""
+    if name == "train":
+        return f": {found.why}" if found.why else ""
+    path = found.run / FOLDER / f"{name}-{job}.out"
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
+    own = [line.removeprefix("patchmill: ") for line in lines if line.startswith("patchmill: ")]
+    return f": {[*lines, *own][-1]} ({path})" if lines else ""
