@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +18,7 @@ from pipeline.chain_settings import StageConfig
 from pipeline.config import Config, ConfigError, RunFailed, UserError, load_config
 from slurm import status
 from slurm.checks import KEPT, mlflow_uri, seconds
-from slurm.job import CONFIG, read_json
+from slurm.job import CANCELLED, CONFIG, read_json
 from slurm.queue import LIVE, ask, slurm_state
 from slurm.submit import (
     FOLDER,
@@ -26,6 +27,7 @@ from slurm.submit import (
     code_path,
     commands,
     enqueue,
+    note_job,
     plan,
     prepare,
     refusal,
@@ -236,6 +238,8 @@ def _queue(cfg: Config, todo: Chain) -> dict[str, str]:
     from pipeline.runlog import replace_file
 
     run, queued = todo.ready.run, dict[str, str]()
+    if not (run / JOB).exists():
+        note_job(cfg, run)  # `status` finds runs by it, also those that were not trained by a job
     wanted = ("prep", "train", *cfg.chain.evals)
     former = {name: job for name, job in read_json(run / CHAIN).items() if name in wanted}
     try:
@@ -292,20 +296,23 @@ def stages(found: status.Status) -> list[str]:
     """A line a stage of a chain: how far it is, or why it is not; none for a run of `patchmill submit`."""
     run, lines, broken, waits = found.run, list[str](), "", ""
     jobs = read_json(run / CHAIN)
-    if jobs and "train" not in jobs:
-        jobs["train"] = found.job or "-"
+    if jobs:
+        jobs["train"] = found.job or "-"  # `submit` may have queued it again, or nobody
     for name in sorted(jobs, key=ORDER.index):
         state, reason = (found.state, found.reason) if name == "train" else slurm_state(jobs[name])
         word = _finished(run, name, state)
         if word is None and state in LIVE and reason != "DependencyNeverSatisfied":
-            word = (
-                f"waits for {waits}" if reason == "Dependency" else state.lower() + (f" ({reason})" if reason else "")
-            )
+            told = f"{state.lower()} ({reason})" if reason else state.lower()
+            word = f"waits for {waits}" if reason == "Dependency" else told
             waits = name
         elif word is None and broken and state in (*LIVE, "CANCELLED"):
             word = f"cancelled, as {broken}"
         elif word is None:
-            verdict = {"CANCELLED": "was cancelled", "UNKNOWN": "is not known to Slurm"}.get(state, f"{state.lower()}")
+            if name == "train" and (run / CANCELLED).exists():
+                state = "CANCELLED"  # it has saved, and ended by itself
+            verdict = {"CANCELLED": "was cancelled", "UNKNOWN": "is not known: Slurm does not say"}.get(
+                state, state.lower()
+            )
             word = f"{verdict}{_why(found, name, jobs[name])}"
             broken = broken or (f"{name} {verdict}" if name not in RESULTS else "")
         lines.append(f"{name:7} {jobs[name]:>9}  {word}")
@@ -319,16 +326,17 @@ def _finished(run: Path, name: str, state: str) -> str | None:
         return None if top1 is None else f"done, {top1:.2f} % top-1"
     if name == "train":
         return "done" if _done(run) else None
-    if state == "UNKNOWN":  # Slurm has forgotten it: the betons tell
-        data = load_config([run / CONFIG]).data
-        state = "COMPLETED" if all(_sealed(Path(beton)) for beton in (data.train, data.val) if beton) else state
+    if state == "UNKNOWN":  # Slurm may have forgotten it: the betons tell
+        with suppress(UserError):
+            data = load_config([run / CONFIG]).data
+            return "done" if all(_sealed(Path(beton)) for beton in (data.train, data.val) if beton) else None
     return "done" if state == "COMPLETED" else None
 
 
 def _why(found: status.Status, name: str, job: str) -> str:
     """The reason of a stage that ended early, from its log: the last line in our own words, else the last one."""
     if name == "train":
-        return f": {found.why}" if found.why else ""
+        return f": {found.why}" if found.why not in ("", "cancelled") else ""
     path = found.run / FOLDER / f"{name}-{job}.out"
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
     own = [line.removeprefix("patchmill: ") for line in lines if line.startswith("patchmill: ")]

@@ -203,16 +203,22 @@ def enqueue(cfg: Config, ready: Plan, **more: str) -> str:
     """Hand the training to Slurm, with ``more`` options of sbatch; its job's number."""
     import submitit
 
-    from pipeline.runlog import replace_file
     from slurm import job
 
     (ready.run / FOLDER / "job.sh").write_text(ready.script)
-    uri = mlflow_uri(cfg)
-    record = {"tracking": uri, "tracking_waits": uri != "none" and not uri.startswith("http"), "world": cfg.slurm.world}
-    replace_file(ready.run / JOB, json.dumps(record).encode())  # the job may start before its number is known here
+    note_job(cfg, ready.run)  # it may start before its number is known here
     executor = submitit.SlurmExecutor(ready.run / FOLDER)
     told = ready.parameters
     executor.update_parameters(**told | {"additional_parameters": told["additional_parameters"] | more})
     number: str = executor.submit(job.supervise, str(ready.run)).job_id
-    replace_file(ready.run / JOB, json.dumps(record | {"job": number}).encode())
+    note_job(cfg, ready.run, job=number)
     return number
+
+
+def note_job(cfg: Config, run: Path, **job: str) -> None:
+    """Write what the job, `status` and `logs` must know of it to the run folder."""
+    from pipeline.runlog import replace_file
+
+    uri = mlflow_uri(cfg)
+    record = {"tracking": uri, "tracking_waits": uri != "none" and not uri.startswith("http"), "world": cfg.slurm.world}
+    replace_file(run / JOB, json.dumps(record | job).encode())

@@ -198,7 +198,7 @@ def test_each_stage_waits_for_the_one_that_it_needs(cfg, slurm, tmp_path: Path) 
         "knn": "3",
         "linear": "4",
     }
-    assert (run / "slurm" / "config.yaml").exists()
+    assert (run / "slurm" / "config.yaml").exists() and status.find_runs([run]) == [run]
 
 
 def test_a_second_call_does_what_is_not_done(cfg, slurm, packed: Path, tmp_path: Path) -> None:
@@ -256,12 +256,14 @@ def look(run: Path, state: str, reason: str = "", why: str = "") -> status.Statu
       ["failed: no usable image ({run}/slurm/prep-1.out)", *["cancelled, as prep failed"] * 3]),
      ({"1": ("COMPLETED", ""), "2": ("FAILED", ""), "3": ("CANCELLED", ""), "4": ("CANCELLED", "")},
       ["done", "failed: 3 crashes", *["cancelled, as train failed"] * 2]),
+     ({"1": ("COMPLETED", ""), "2": ("FAILED", "75"), "3": ("CANCELLED", ""), "4": ("CANCELLED", "")},
+      ["done", "was cancelled", *["cancelled, as train was cancelled"] * 2]),
      ({"1": ("CANCELLED", ""), "2": ("CANCELLED", ""), "3": ("CANCELLED", ""), "4": ("CANCELLED", "")},
       ["was cancelled: no usable image ({run}/slurm/prep-1.out)", *["cancelled, as prep was cancelled"] * 3]),
      ({"1": ("COMPLETED", ""), "2": ("COMPLETED", ""), "3": ("TIMEOUT", ""), "4": ("RUNNING", "")},
       ["done", "done", "timeout: DUE TO TIME LIMIT ({run}/slurm/knn-3.out)", "running"]),
      ({"1": ("UNKNOWN", ""), "2": ("UNKNOWN", ""), "3": ("UNKNOWN", ""), "4": ("UNKNOWN", "")},
-      ["done", "done", "is not known to Slurm: DUE TO TIME LIMIT ({run}/slurm/knn-3.out)", "done, 20.00 % top-1"])],
+      ["done", "done", "is not known: Slurm does not say: DUE TO TIME LIMIT ({run}/slurm/knn-3.out)", "done, 20.00 % top-1"])],
 )  # fmt: skip
 def test_status_says_of_each_stage_how_far_it_is_or_why_not(
     states, said, cfg, packed: Path, tmp_path: Path, monkeypatch
@@ -279,7 +281,10 @@ def test_status_says_of_each_stage_how_far_it_is_or_why_not(
         for name in ("train", "val"):
             link(packed, tmp_path / f"{name}.beton")
         (run / "slurm" / "config.yaml").write_text(cfg().to_yaml())
-    lines = chain.stages(look(run, *states["2"], why="3 crashes" if states["2"][0] == "FAILED" else ""))
+    if states["2"] == ("FAILED", "75"):
+        (run / "slurm" / "cancelled").touch()
+    why = {("FAILED", ""): "3 crashes", ("FAILED", "75"): "cancelled"}.get(states["2"], "")
+    lines = chain.stages(look(run, *states["2"], why=why))
     assert lines == [f"{name:7} {job:>9}  {word.format(run=run)}"
                      for name, job, word in zip(("prep", "train", "knn", "linear"), "1234", said, strict=True)]  # fmt: skip
 
