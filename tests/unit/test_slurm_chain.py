@@ -160,8 +160,11 @@ def test_prep_goes_on_behind_a_scan_that_is_whole(cfg, tmp_path: Path, monkeypat
     assert f"--against {tmp_path}/train.jsonl" in command().splitlines()[3]
     (tmp_path / "train.jsonl").touch()
     assert [line.split()[3] for line in command().splitlines()] == ["write", "verify", "scan", "write", "verify"]
-    monkeypatch.setattr(chain.sys, "executable", "false")
-    assert subprocess.run(["bash", "-c", chain._prep(cfg(), packs)]).returncode == 1
+    failing = put(tmp_path / "failing", b"#!/bin/sh\necho $4\nexit 2\n")
+    failing.chmod(0o700)
+    monkeypatch.setattr(chain.sys, "executable", str(failing))
+    done = subprocess.run(["bash", "-c", chain._prep(cfg(), packs)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "write\n"), "nothing comes after what failed"
 
 
 def test_a_probe_wants_a_training_that_is_done(cfg, tmp_path: Path, monkeypatch) -> None:
