@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -325,3 +326,27 @@ def test_dry_run_needs_neither_torch_nor_slurm(packed: Path, tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert "jobs: prep, then train" in done.stdout
+
+
+def test_the_training_takes_the_chain_s_options_besides_its_own(cfg, tmp_path: Path, monkeypatch) -> None:
+    told: dict[str, Any] = {}
+
+    class Executor:
+        def __init__(self, folder: Path) -> None: ...
+
+        def update_parameters(self, **parameters: Any) -> None:
+            told.update(parameters)
+
+        def submit(self, function: Any, run: str) -> Any:
+            told["run"] = run
+            return SimpleNamespace(job_id="7")
+
+    monkeypatch.setattr("submitit.SlurmExecutor", Executor)
+    made = cfg("slurm.directives={reservation: lab}", "chain.evals=[]")
+    ready = chain.draft(made, queue=False).ready
+    submit.prepare(made, ready)
+    assert submit.enqueue(made, ready, dependency="afterok:1") == "7"
+    more = told["additional_parameters"]
+    assert (more["dependency"], more["reservation"], more["requeue"]) == ("afterok:1", "lab", True)
+    run = tmp_path / "a run"
+    assert told["run"] == str(run) and json.loads((run / "slurm" / "job.json").read_text())["job"] == "7"
