@@ -99,6 +99,8 @@ def test_a_dry_run_shows_every_script_and_leaves_nothing(cfg, tmp_path: Path) ->
 
 
 def test_what_prep_makes_is_not_asked_for_and_all_else_is(cfg, tmp_path: Path) -> None:
+    lines = chain.draft(cfg("train.global_batch=4096"), queue=False).ready.lines
+    assert not any("steps of" in line for line in lines), "how many images there will be is not known"
     assert any(
         "train.beton: there is no such file" in line
         for line in problems(cfg("chain.train_images=null", "chain.val_images=null"))
