@@ -21,6 +21,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PR_SET_PDEATHSIG: Final = 1
+PR_SET_CHILD_SUBREAPER: Final = 36
 AHEAD: Final = 3  # results that may wait for their turn, per worker
 MAX_CHUNK: Final = 128  # entries: a row group of Hugging Face's image sets has 100
 MAX_CHUNK_BYTES: Final = 2**23
@@ -53,6 +54,11 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call above
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of all processes that descend from this one and lose theirs, so that this one can wait for them."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _work(function: Callable[[Item], Any], items: Sequence[Item], sender: Connection, parent: int) -> None:

@@ -297,8 +297,10 @@ class SlurmConfig(Section):
     minutes. ``setup`` are commands before the start, ``environment`` variables, ``directives`` any other option of sbatch.
     Slurm asks a job to save ``signal_lead_s`` before its time is up: by default three times the longest save of the run so
     far and two minutes more. After ``max_crashes`` crashes in a row with no newer checkpoint it is not requeued any more.
+    ``executor=local``: no Slurm; the job runs on this host, at once and in the background, and starts anew by itself.
     """
 
+    executor: Literal["slurm", "local"] = "slurm"
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

@@ -233,8 +233,6 @@ def chain(cfg: Config, *, dry_run: bool) -> str:
 
 def _queue(cfg: Config, todo: Chain) -> dict[str, str]:
     """The jobs' numbers by stage. Raises RunFailed when Slurm takes one not; then none is left."""
-    from submitit.core.utils import FailedJobError
-
     from pipeline.runlog import replace_file
 
     run, queued = todo.ready.run, dict[str, str]()
@@ -247,7 +245,7 @@ def _queue(cfg: Config, todo: Chain) -> dict[str, str]:
             after = _dependency(queued)
             queued[name] = enqueue(cfg, todo.ready, **after) if name == "train" else _sbatch(run, name, script, after)
             replace_file(run / CHAIN, json.dumps(former | queued).encode())
-    except (RunFailed, FailedJobError, OSError) as error:
+    except (RunFailed, OSError) as error:
         if queued:
             ask("scancel", *queued.values())
         raise RunFailed(f"{run}: the chain is not queued: {' '.join(str(error).split())}") from None

@@ -1,14 +1,17 @@
 """What is wrong with a job before Slurm is asked: a check gives lines of the plan, or raises UserError."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pipeline.config import Config, ConfigError, UserError
+from slurm.queue import ask
 
 if TYPE_CHECKING:
     from pipeline.planner import Layout, Machine
@@ -18,6 +21,8 @@ LEAD_FLOOR_S: Final = 120  # Slurm looks at limits twice a minute, and its signa
 OWN: Final = {"nodes": "nodes", "ntasks_per_node": "tasks_per_node", "gpus_per_node": "gpus_per_node", "time": "time", "mem": "mem",
               "cpus_per_task": "cpus_per_task", "partition": "partition", "account": "account", "qos": "qos",
               "constraint": "constraint", "signal": "signal_lead_s"}  # fmt: skip
+# What a job without Slurm does not use.
+UNUSED: Final = ("partition", "account", "qos", "constraint", "mem", "time", "directives", "signal_lead_s")
 KEPT: Final = ("array", "output", "error", "requeue", "no_requeue", "open_mode", "ntasks", "job_name")
 
 
@@ -45,30 +50,57 @@ def seconds(limit: str | int) -> int | None:
     return int(found[1] or 0) * 86_400 + hours * 3600 + minutes * 60 + rest
 
 
-def job_problems(cfg: Config) -> Iterator[str]:
-    """``slurm.*`` and the folder. Raises ConfigError."""
-    problems, limit, lead = list[str](), seconds(cfg.slurm.time), signal_lead(cfg)
+def _sbatch_problems(cfg: Config) -> Iterator[str]:
+    limit, lead = seconds(cfg.slurm.time), signal_lead(cfg)
     if limit is None:
-        problems.append(
-            f"slurm.time = {cfg.slurm.time}: should be as sbatch has it, such as 1-00:00:00, 12:30:00 or 90 (minutes)"
-        )
+        yield f"slurm.time = {cfg.slurm.time}: should be as sbatch has it, such as 1-00:00:00, 12:30:00 or 90 (minutes)"
     elif limit < 2 * lead:
-        problems.append(f"slurm.time = {cfg.slurm.time}: should be twice slurm.signal_lead_s ({lead} s) at least, or the job would "
-                        "hardly train; raise it, or set slurm.signal_lead_s")  # fmt: skip
+        yield (f"slurm.time = {cfg.slurm.time}: should be twice slurm.signal_lead_s ({lead} s) at least, or the job would "
+               "hardly train; raise it, or set slurm.signal_lead_s")  # fmt: skip
     for key in cfg.slurm.directives:
         name = key.replace("-", "_")
         if name in OWN:
-            problems.append(f"slurm.directives.{key}: set slurm.{OWN[name]}")
+            yield f"slurm.directives.{key}: set slurm.{OWN[name]}"
         elif name in KEPT:
-            problems.append(f"slurm.directives.{key}: is the job's own and cannot be set")
+            yield f"slurm.directives.{key}: is the job's own and cannot be set"
+    if "%" in str(Path(cfg.run.dir).resolve()):
+        yield f"run.dir = {cfg.run.dir}: has a %, which Slurm would replace; choose another folder"
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this host that a process started here may use, as CUDA_VISIBLE_DEVICES names them."""
+    code, said = ask("nvidia-smi", "-L")
+    listed = [line for line in said.splitlines() if line.startswith("GPU ")] if code == 0 else []
+    there = [str(number) for number, _ in enumerate(listed or Path("/dev").glob("nvidia[0-9]*"))]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return there
+    # As CUDA reads it: up to the first that is not there.
+    return list(takewhile(lambda name: name in there or name.startswith(("GPU-", "MIG-")), chosen.split(",")))
+
+
+def _host_problems(cfg: Config) -> Iterator[str]:
+    if cfg.slurm.nodes > 1:
+        yield f"slurm.nodes = {cfg.slurm.nodes}: slurm.executor=local has this host only; set slurm.nodes=1"
+    if cfg.slurm.gpus_per_node:
+        found = visible_gpus()
+        if len(found) < cfg.slurm.gpus_per_node:
+            yield (f"slurm.gpus_per_node = {cfg.slurm.gpus_per_node}: this host shows {len(found)} (nvidia-smi -L, "
+                   "CUDA_VISIBLE_DEVICES); set as many, or 0 for the CPU")  # fmt: skip
+
+
+def job_problems(cfg: Config) -> Iterator[str]:
+    """``slurm.*`` and the folder; what is not used without Slurm. Raises ConfigError."""
+    problems = [*(_host_problems(cfg) if cfg.slurm.executor == "local" else _sbatch_problems(cfg))]
     for key in cfg.slurm.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", key):
             problems.append(f"slurm.environment.{key}: is no name of a variable")
-    if "%" in str(Path(cfg.run.dir).resolve()):
-        problems.append(f"run.dir = {cfg.run.dir}: has a %, which Slurm would replace; choose another folder")
     if problems:
         raise ConfigError(problems)
-    yield from ()
+    default = type(cfg.slurm)()
+    unused = [f"slurm.{key}" for key in UNUSED if getattr(cfg.slurm, key) != getattr(default, key)]
+    if cfg.slurm.executor == "local" and unused:
+        yield f"not used without Slurm: {', '.join(unused)}"
 
 
 def configuration(cfg: Config, coming: Collection[str] = ()) -> list[str]:
@@ -149,12 +181,18 @@ def mlflow_uri(cfg: Config) -> str:
     return resolve_uri(cfg.tracking.uri, Path(cfg.run.dir)) or "none"
 
 
+def tracking_waits(cfg: Config) -> bool:
+    """Whether `patchmill status` sends the run to MLflow: a file of MLflow's is not for the hosts of a cluster."""
+    uri = mlflow_uri(cfg)
+    return cfg.slurm.executor == "slurm" and uri != "none" and not uri.startswith("http")
+
+
 def _tracking(cfg: Config) -> Iterator[str]:
     uri = mlflow_uri(cfg)
     if uri.startswith("sqlite:") and cfg.tracking.uri != "auto" and cfg.slurm.nodes > 1:
         raise UserError(f"tracking.uri = {uri}: a file is not for several hosts; set tracking.uri=auto "
                         "(patchmill status then sends what the job has logged) or the address of a server")  # fmt: skip
-    if uri != "none" and not uri.startswith("http"):
+    if tracking_waits(cfg):
         yield f"tracking: the job logs to its folder; `patchmill status` sends it to {uri}"
 
 

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,8 +92,8 @@ class Signals:
                     self._child.send_signal(number)
 
 
-def supervise(folder: str) -> None:
-    """Train in a child process until it ends; says how in the run folder. Raises SystemExit when it failed."""
+def supervise(folder: str, settle_s: float = SETTLE_S) -> None:
+    """Train in a child process until it ends; says how in the run folder. Raises SystemExit, ``settle_s`` later, when it failed."""
     run, rank = Path(folder), int(os.environ.get("SLURM_PROCID", 0))
     if rank == 0:
         append(run, event="begin", nodes=os.environ.get("SLURM_JOB_NODELIST"),
@@ -111,7 +112,7 @@ def supervise(folder: str) -> None:
     except OSError as error:
         sys.stderr.write(f"patchmill: {exits}: {error.strerror}: {record}\n")
     if code not in (0, STOPPED):
-        time.sleep(SETTLE_S)
+        time.sleep(settle_s)
         raise SystemExit(1)  # submitit would make a traceback of anything else
 
 
@@ -189,25 +190,36 @@ def idle_crashes(history: list[dict[str, Any]], step: int) -> int:
     return count
 
 
-def end(run: Path) -> int:
-    """Judge, ask Slurm to requeue when that is the verdict, and say so; the exit code of the batch script."""
-    verdict, refusal = judge(run), ""
+def conclude(run: Path, requeue: Callable[[Verdict], Verdict]) -> Verdict:
+    """Judge, and say so in the run's attempts and log. ``requeue`` brings the job back, or returns why it does not."""
+    verdict = judge(run)
     if verdict.code == 1 and not _writable(run):  # crashes could not be counted
         verdict = Verdict(False, f"{verdict.reason}; nothing can be written to {run}", 1)
     if verdict.requeue:
-        asked = subprocess.run(
-            ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
-        )
-        if "pending execution" in asked.stderr:  # the job was ended for that: this script ran while it was
-            verdict = Verdict(True, "requeued by Slurm: preempted, or scontrol requeue", STOPPED)
-        elif asked.returncode:
-            refusal = f"; Slurm refused the requeue ({asked.stderr.strip()}): submit the run again"
-    back = verdict.requeue and not refusal
+        verdict = requeue(verdict)
     append(
-        run, event="end", step=newest_step(run), reason=verdict.reason + refusal, requeue=back, crash=verdict.code == 1
+        run, event="end", step=newest_step(run), reason=verdict.reason, requeue=verdict.requeue, crash=verdict.code == 1
     )
-    sys.stderr.write(f"patchmill: {verdict.reason}{refusal}{'; requeued' if back else ''}\n")
-    return 0 if back else verdict.code
+    sys.stderr.write(f"patchmill: {verdict.reason}{'; requeued' if verdict.requeue else ''}\n")
+    return verdict
+
+
+def _slurm_requeues(verdict: Verdict) -> Verdict:
+    asked = subprocess.run(
+        ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
+    )
+    if "pending execution" in asked.stderr:  # the job was ended for that: the batch script ran while it was
+        return Verdict(True, "requeued by Slurm: preempted, or scontrol requeue", STOPPED)
+    if asked.returncode:
+        refusal = f"Slurm refused the requeue ({asked.stderr.strip()}): submit the run again"
+        return replace(verdict, requeue=False, reason=f"{verdict.reason}; {refusal}")
+    return verdict
+
+
+def end(run: Path) -> int:
+    """The verdict on a job of Slurm's, which is asked to requeue it; the exit code of the batch script."""
+    verdict = conclude(run, _slurm_requeues)
+    return 0 if verdict.requeue else verdict.code
 
 
 def _writable(run: Path) -> bool:

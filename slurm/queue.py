@@ -1,8 +1,13 @@
-"""What Slurm is asked about jobs."""
+"""What is asked and told about jobs: Slurm, or for a job on this host (``slurm.executor=local``) its process."""
 
+import os
+import signal
+import socket
 import subprocess
+from pathlib import Path
 from typing import Final
 
+LOCAL: Final = "local-"  # a job without Slurm, by its name
 LIVE: Final = (
     "PENDING",
     "RUNNING",
@@ -25,10 +30,61 @@ def ask(*command: str) -> tuple[int, str]:
 
 
 def slurm_state(job: str) -> tuple[str, str]:
-    """(state, reason) of a job: squeue's, and sacct's once it is gone there; UNKNOWN where neither knows it."""
+    """(state, reason) of a job: squeue's, and sacct's once it is gone there; UNKNOWN where neither knows it.
+
+    A job without Slurm is RUNNING, ENDED, or UNKNOWN on a host that is not its own.
+    """
+    if job.startswith(LOCAL):
+        return _local_state(job)
     code, said = ask("squeue", "-h", "-j", job, "-o", "%T|%r")
     if code == 0 and "|" in said:
         state, _, reason = said.splitlines()[0].partition("|")
         return state, "" if reason == "None" else reason
     code, said = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
     return (said.split()[0] if code == 0 and said.split() and said.split()[0].isupper() else "UNKNOWN"), ""
+
+
+def tell(job: str, *, save: bool) -> tuple[int, str]:
+    """Ask a job to save and end, or end it as it is; (exit code, what was said), 0 also where it has ended already."""
+    if not job.startswith(LOCAL):
+        return ask("scancel", *(["--signal=USR2"] if save else []), job)
+    try:
+        process = os.pidfd_open(_parts(job)[1])
+        try:
+            if _local_state(job)[0] == "RUNNING":  # it is the process that was opened, not one that came after it
+                signal.pidfd_send_signal(process, signal.SIGUSR2 if save else signal.SIGKILL)
+        finally:
+            os.close(process)
+    except ProcessLookupError:
+        return 0, ""
+    except OSError as error:
+        return 1, str(error.strerror)
+    return 0, ""
+
+
+def local_job(pid: int) -> str:
+    """The name of the job that a process of this host keeps; its start tells it from a later one of the same number."""
+    return f"{LOCAL}{socket.gethostname()}-{pid}-{_stat(pid)[1]}"
+
+
+def _parts(job: str) -> tuple[str, int, str]:
+    """(host, process, its start) of a job without Slurm."""
+    host, pid, start = job.removeprefix(LOCAL).rsplit("-", 2)
+    return host, int(pid), start
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """(state, start in clock ticks since boot) of a process, as /proc has them; empty where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+def _local_state(job: str) -> tuple[str, str]:
+    host, pid, start = _parts(job)
+    if host != socket.gethostname():
+        return "UNKNOWN", f"ask on {host}"
+    state, begun = _stat(pid)
+    return ("RUNNING" if begun == start and state not in ("Z", "X") else "ENDED"), ""

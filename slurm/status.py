@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pipeline.config import RunFailed, UserError
 from slurm.job import CANCELLED, attempts, exits_of, failures, newest_step, read_json
-from slurm.queue import LIVE, ask, slurm_state
+from slurm.queue import LIVE, slurm_state, tell
 from slurm.submit import FOLDER, JOB
 
 RECENT: Final = 50  # training lines that speak for the speed
@@ -79,7 +79,9 @@ def look(run: Path) -> Status:
     spent = train[-1]["time"] - begun[0]["time"] if begun and train else None
     why = read_json(run / "why_stopped.json")
     told = next((str(line.get("reason")) for line in reversed(history) if line["event"] == "end"), "")
-    if history and history[-1]["event"] == "begin" and state not in (*LIVE, "UNKNOWN") and not why.get("done"):
+    last = history[-1] if history else {}
+    back = last.get("event") != "end" or last.get("requeue")  # it should be there
+    if back and state not in (*LIVE, "UNKNOWN") and not why.get("done"):
         told = f"the job was ended from outside ({state.lower()}) and does not come back; submit the run again"
     alive = state in LIVE and not why.get("done")
     return Status(
@@ -96,7 +98,7 @@ def first_failure(run: Path, attempt: str) -> list[str]:
     if not failed:
         return []
     rank = failed[0]["rank"]
-    path = run / FOLDER / f"{attempt.split('-')[0]}_{rank}_log.out"
+    path = run / FOLDER / f"{attempt.rpartition('-')[0]}_{rank}_log.out"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     # submitit's own report of it follows.
     own = [line for line in lines if line.strip() and not line.startswith(("submitit ", "srun:", "slurmstepd:"))]
@@ -148,30 +150,31 @@ def replay(run: Path) -> str | None:
 def cancel(run: Path, patience_s: float) -> str:
     """Let a run save and end, and not come back; after ``patience_s`` it is ended all the same.
 
-    Raises UserError without a job, RunFailed when Slurm does not do it: the run then goes on, and comes back as before.
+    Raises UserError without a job, RunFailed when it cannot be told: the run then goes on, and comes back as before.
     """
     job = str(read_json(run / JOB).get("job", ""))
-    state = slurm_state(job)[0] if job else "UNKNOWN"
+    state, reason = slurm_state(job) if job else ("UNKNOWN", "")
     if state not in LIVE:
-        raise UserError(f"{run}: has no job that could be cancelled ({state.lower()})")
+        why = f"{state.lower()}, {reason}" if reason else state.lower()
+        raise UserError(f"{run}: has no job that could be cancelled ({why})")
     (run / CANCELLED).touch()
     if state == "RUNNING":
-        _tell(run, "scancel", "--signal=USR2", job)
+        _tell(run, job, save=True)
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             if slurm_state(job)[0] not in (*LIVE, "UNKNOWN"):
                 return f"job {job} has ended; the newest checkpoint is of step {newest_step(run)}"
             time.sleep(0.5)
-    _tell(run, "scancel", job)
+    _tell(run, job, save=False)
     late = f" and had not ended after {patience_s:g} s" if state == "RUNNING" else ""
     return f"job {job} is cancelled; it was {state.lower()}{late}"
 
 
-def _tell(run: Path, *command: str) -> None:
-    code, said = ask(*command)
+def _tell(run: Path, job: str, *, save: bool) -> None:
+    code, said = tell(job, save=save)
     if code:
         (run / CANCELLED).unlink(missing_ok=True)
-        raise RunFailed(f"{run}: Slurm did not take it ({said.strip()}); the job goes on")
+        raise RunFailed(f"{run}: job {job} could not be told ({said.strip()}) and goes on")
 
 
 def follow(run: Path, rank: int, *, forever: bool) -> Iterator[str]:

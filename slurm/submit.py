@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.config import CONFIG_DIR, Config, ConfigError, UserError
-from slurm.checks import CHECKS, configuration, mlflow_uri, signal_lead
+from pipeline.config import CONFIG_DIR, Config, ConfigError, RunFailed, UserError
+from slurm.checks import CHECKS, configuration, mlflow_uri, signal_lead, tracking_waits
 from slurm.job import CANCELLED, CONFIG, read_json
 from slurm.queue import ask
 
@@ -120,6 +120,8 @@ def plan(cfg: Config, *, queue: bool, coming: Collection[str] = ()) -> Plan:
     """
     from submitit.slurm.slurm import _make_sbatch_string
 
+    from slurm import local
+
     lines, problems = [], list[str]()
     for look in (partial(configuration, coming=coming), *CHECKS):
         try:
@@ -134,12 +136,15 @@ def plan(cfg: Config, *, queue: bool, coming: Collection[str] = ()) -> Plan:
         name, files = snapshot_name(root)
         code = run / "code" / name
         lines.append(f"code: a copy of {root} in {code}")
-    told = parameters(cfg, code)
+    here = cfg.slurm.executor == "local"
+    told = {} if here else parameters(cfg, code)
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(run / FOLDER))}"
-    script = _make_sbatch_string(command=command, folder=run / FOLDER, **told)
+    script = local.script(cfg) if here else _make_sbatch_string(command=command, folder=run / FOLDER, **told)
     if subprocess.run(["/bin/bash", "-n"], input=script.encode(), capture_output=True, check=False).returncode:
         problems.append("slurm.setup: is not what bash understands; a quote may be open")
-    if shutil.which("sbatch") is not None:
+    if here:
+        lines.append(local.describe(cfg))
+    elif shutil.which("sbatch") is not None:
         problems += refusal(script)
     elif queue:
         problems.append("sbatch is not on this host: submit where Slurm is")
@@ -147,9 +152,10 @@ def plan(cfg: Config, *, queue: bool, coming: Collection[str] = ()) -> Plan:
         lines.append("slurm: not asked, sbatch is not on this host")
     if problems:
         raise ConfigError(problems)
-    lines.append(
-        f"job: {cfg.slurm.world} processes on {cfg.slurm.nodes} nodes, asked to save {signal_lead(cfg)} s before its time is up"
-    )
+    if not here:
+        lines.append(
+            f"job: {cfg.slurm.world} processes on {cfg.slurm.nodes} nodes, asked to save {signal_lead(cfg)} s before its time is up"
+        )
     return Plan(run, told, script, lines, code, files)
 
 
@@ -177,13 +183,18 @@ def require_no_job(run: Path) -> None:
 
 def submit(cfg: Config) -> str:
     """Queue the job; what is to be said. Raises ConfigError with every problem, UserError when the run has a job already."""
-    ready = plan(cfg, queue=True)
+    from slurm import local
+
+    ready, here = plan(cfg, queue=True), cfg.slurm.executor == "local"
     if read_json(ready.run / "why_stopped.json").get("done"):
         raise UserError(f"run.dir = {ready.run}: that run is done; choose another folder")
-    require_no_job(ready.run)
-    prepare(cfg, ready)
-    number = enqueue(cfg, ready)
-    return "\n".join([*ready.lines, f"submitted: job {number}; patchmill status {ready.run}"])
+    with local.reserved(ready.run) as lock:
+        if not here:
+            require_no_job(ready.run)
+        prepare(cfg, ready)
+        number = local.launch(cfg, ready, lock) if here else enqueue(cfg, ready)
+    said = f"{'started' if here else 'submitted'}: job {number}; patchmill status {ready.run}"
+    return "\n".join([*ready.lines, said])
 
 
 def prepare(cfg: Config, ready: Plan) -> None:
@@ -200,8 +211,9 @@ def prepare(cfg: Config, ready: Plan) -> None:
 
 
 def enqueue(cfg: Config, ready: Plan, **more: str) -> str:
-    """Hand the training to Slurm, with ``more`` options of sbatch; its job's number."""
+    """Hand the training to Slurm, with ``more`` options of sbatch; its job's number. Raises RunFailed when it is not taken."""
     import submitit
+    from submitit.core.utils import FailedJobError
 
     from slurm import job
 
@@ -210,7 +222,10 @@ def enqueue(cfg: Config, ready: Plan, **more: str) -> str:
     executor = submitit.SlurmExecutor(ready.run / FOLDER)
     told = ready.parameters
     executor.update_parameters(**told | {"additional_parameters": told["additional_parameters"] | more})
-    number: str = executor.submit(job.supervise, str(ready.run)).job_id
+    try:
+        number: str = executor.submit(job.supervise, str(ready.run)).job_id
+    except FailedJobError as error:
+        raise RunFailed(f"{ready.run}: Slurm did not take the job: {' '.join(str(error).split())}") from None
     note_job(cfg, ready.run, job=number)
     return number
 
@@ -219,6 +234,5 @@ def note_job(cfg: Config, run: Path, **job: str) -> None:
     """Write what the job, `status` and `logs` must know of it to the run folder."""
     from pipeline.runlog import replace_file
 
-    uri = mlflow_uri(cfg)
-    record = {"tracking": uri, "tracking_waits": uri != "none" and not uri.startswith("http"), "world": cfg.slurm.world}
+    record = {"tracking": mlflow_uri(cfg), "tracking_waits": tracking_waits(cfg), "world": cfg.slurm.world}
     replace_file(run / JOB, json.dumps(record | job).encode())

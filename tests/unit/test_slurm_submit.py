@@ -220,8 +220,8 @@ def test_a_cancel_that_slurm_does_not_take_is_no_cancel(fails, tmp_path: Path, m
     (tmp_path / "slurm" / "job.json").write_text('{"job": "7"}')
     answers = {"scancel": 1, "squeue": 0}
     monkeypatch.setattr(status, "slurm_state", lambda job: ("RUNNING", ""))
-    monkeypatch.setattr(status, "ask", lambda *words: (answers["scancel"] if words[1] == fails else 0, "no controller"))
-    with pytest.raises(RunFailed, match="did not take it .no controller.; the job goes on"):
+    monkeypatch.setattr(queue, "ask", lambda *words: (answers["scancel"] if words[1] == fails else 0, "no controller"))
+    with pytest.raises(RunFailed, match="job 7 could not be told .no controller. and goes on"):
         status.cancel(tmp_path, 0.1)
     assert not (tmp_path / "slurm" / "cancelled").exists(), "it comes back as before"
 
@@ -231,7 +231,7 @@ def test_a_silent_slurm_is_not_taken_for_the_end(tmp_path: Path, monkeypatch) ->
     (tmp_path / "slurm" / "job.json").write_text('{"job": "7"}')
     states = iter([("RUNNING", ""), ("UNKNOWN", ""), ("COMPLETED", "")])
     monkeypatch.setattr(status, "slurm_state", lambda job: next(states))
-    monkeypatch.setattr(status, "ask", lambda *words: (0, ""))
+    monkeypatch.setattr(queue, "ask", lambda *words: (0, ""))
     assert status.cancel(tmp_path, 30) == "job 7 has ended; the newest checkpoint is of step 0"
     assert next(states, None) is None
 
