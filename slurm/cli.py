@@ -28,6 +28,8 @@ def submit(
 ) -> None:
     """Check everything that can be known, then queue the run as one job that comes back until it is done.
 
+    With slurm.executor=local the job runs on this host, in the background, without Slurm.
+
     Example: patchmill submit imagenet/pcae_vit_l engine/fsdp2 slurm.nodes=2 slurm.gpus_per_node=8 data.train=train.beton
     run.dir=runs/pcae
     """

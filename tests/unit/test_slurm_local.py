@@ -137,6 +137,7 @@ def test_a_rank_that_is_killed_brings_the_job_back(undisturbed: Path, tmp_path: 
     trains(run, 15)
     trainers = {process.environ()["RANK"]: process for process in processes(run, "train")}
     assert trainers.keys() == {"0", "1"}
+    trainers["0"].suspend()  # it does not end by itself, and has the run's lock
     trainers["1"].kill()
     found = finish(run)
     assert curve(run) == curve(undisturbed) and found.restarts == 1 and found.why == "done"
@@ -174,17 +175,23 @@ def test_two_submits_at_once_make_one_job(tmp_path: Path) -> None:
     assert len(processes(run, "keep")) == 1
     with pytest.raises(UserError, match="is running; patchmill cancel"), reserved(run):
         pass
+    job = (run / "slurm" / "job.json").read_text()
+    (run / "slurm" / "job.json").unlink()  # as a submit that was killed leaves it
+    with pytest.raises(UserError, match="is being submitted"), reserved(run):
+        pass
+    (run / "slurm" / "job.json").write_text(job)
     # At once: the keeper hears it however early it comes.
     assert "has ended; the newest checkpoint is of step 0" in status.cancel(run, 60)
     assert finish(run).why == "cancelled"
 
 
 def test_a_job_without_progress_is_given_up_by_the_same_rule(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    submit(run, "slurm.setup=[exit 3]", "slurm.max_crashes=2")
+    run, left = tmp_path / "run", f"600.{time.time_ns()}"
+    job = submit(run, f"slurm.setup=['sleep {left} & exit 3']", "slurm.max_crashes=2")
     why = finish(run).why
     assert "slurm.setup failed" in why and "2 crashes in a row without a newer checkpoint (slurm.max_crashes)" in why
-    assert [line["requeue"] for line in ended(run)] == [True, False]
+    assert [(line["attempt"], line["requeue"]) for line in ended(run)] == [(f"{job}-0", True), (f"{job}-1", False)]
+    assert processes(Path(left)) == [], "what it left behind is ended with it"
 
 
 def test_a_signal_to_the_job_ends_it_for_good(tmp_path: Path) -> None:
@@ -209,6 +216,10 @@ def test_the_plan_says_what_would_run_and_what_is_not_used(cfg, tmp_path: Path, 
     assert ready.lines[-1].startswith("job: 2 processes on this host with 2 GPUs")
     assert not any("status" in line or "nodes" in line for line in ready.lines), ready.lines
     assert not (tmp_path / "run").exists(), "a plan leaves nothing"
+    assert checks.tracking_waits(cfg("tracking.uri=auto", "slurm.executor=slurm")), (
+        "a cluster's jobs leave it to status"
+    )
+    assert not checks.tracking_waits(cfg("tracking.uri=auto")), "this host's do not"
 
 
 def test_what_this_host_has_not_is_refused_at_once(cfg, monkeypatch) -> None:

@@ -279,6 +279,10 @@ def test_status_is_what_the_log_and_slurm_say(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(status, "slurm_state", lambda job: ("FAILED", ""))
     found = status.look(run)
     assert found.eta_s is None and "ended from outside (failed) and does not come back; submit" in found.why
+    for event, requeue, outside in (("end", True, True), ("end", False, False), (None, None, True)):
+        line = {"time": now, "attempt": "7-2", "event": event, "requeue": requeue, "reason": "told", "step": 0}
+        (run / "slurm" / "attempts.jsonl").write_text(json.dumps(line) + "\n" if event else "")
+        assert ("ended from outside" in status.look(run).why) is outside
     with (run / "log.jsonl").open("a") as file:
         file.write('\n5\n{"kind": "train"}\n')
     assert status.look(run).step == 40
