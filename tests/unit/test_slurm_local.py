@@ -17,7 +17,7 @@ import pytest
 from pipeline.config import Config, ConfigError, UserError, load_config
 from slurm import checks, queue, status
 from slurm.job import attempts, read_json
-from slurm.local import reserved
+from slurm.local import log_of, reserved
 from slurm.queue import local_job, slurm_state, tell
 from slurm.submit import plan
 
@@ -180,7 +180,6 @@ def test_two_submits_at_once_make_one_job(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is being submitted"), reserved(run):
         pass
     (run / "slurm" / "job.json").write_text(job)
-    # At once: the keeper hears it however early it comes.
     assert "has ended; the newest checkpoint is of step 0" in status.cancel(run, 60)
     assert finish(run).why == "cancelled"
 
@@ -194,10 +193,12 @@ def test_a_job_without_progress_is_given_up_by_the_same_rule(tmp_path: Path) -> 
     assert processes(Path(left)) == [], "what it left behind is ended with it"
 
 
-def test_a_signal_to_the_job_ends_it_for_good(tmp_path: Path) -> None:
+@pytest.mark.parametrize("early", [True, False])
+def test_a_signal_to_the_job_ends_it_for_good(early: bool, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(run, "slurm.setup=[sleep 600 & wait]")
-    wait("the set-up", lambda: len(processes(run)) == 2)
+    if not early:  # else the keeper is still starting
+        wait("the set-up", lambda: len(processes(run)) == 2)
     os.kill(int(job.split("-")[-2]), signal.SIGTERM)
     assert finish(run).why.endswith("the job was sent SIGTERM: submit the run again")
     assert len(ended(run)) == 1
@@ -245,8 +246,16 @@ def test_gpus_are_those_that_a_process_may_use(said, chosen, expected, monkeypat
     assert checks.visible_gpus() == expected
 
 
+def test_the_log_of_the_rank_that_failed_first_is_found_by_the_jobs_name(tmp_path: Path) -> None:
+    (tmp_path / "slurm" / "exits").mkdir(parents=True)
+    record = {"rank": 1, "host": "a-b", "code": 1, "time": 1}
+    (tmp_path / "slurm" / "exits" / "local-a-b-7-99-0-1.json").write_text(json.dumps(record))
+    log_of(tmp_path, "local-a-b-7-99", 1).write_text("why\n")
+    assert status.first_failure(tmp_path, "local-a-b-7-99-0") == ["rank 1: why"]
+
+
 def test_a_job_is_not_taken_for_a_later_process_or_one_elsewhere() -> None:
-    with subprocess.Popen(["sleep", "600"]) as process:
+    with subprocess.Popen(["sleep", "20"]) as process:
         job = local_job(process.pid)
         host, pid, start = queue._parts(job)
         assert slurm_state(job) == ("RUNNING", "") and (host, pid) == (socket.gethostname(), process.pid)
