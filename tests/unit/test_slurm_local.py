@@ -73,7 +73,9 @@ def finish(run: Path) -> status.Status:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    return [line for line in status._lines(run / "log.jsonl") if line["kind"] == "train"]
+    text = (run / "log.jsonl").read_text() if (run / "log.jsonl").exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [line for line in map(json.loads, whole) if line["kind"] == "train"]
 
 
 def trains(run: Path, step: int) -> None:
@@ -120,7 +122,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_goes_to_its_end_and_is_told_of_like_any_other(undisturbed: Path) -> None:
     found = status.look(undisturbed)
-    assert (found.state, found.step, found.total, found.restarts, found.why) == ("ENDED", STEPS, STEPS, 0, "done")
+    assert (found.state, found.step, found.total, found.why) == ("ENDED", STEPS, STEPS, "done")
     assert [line["reason"] for line in ended(undisturbed)] == ["done"] and len(curve(undisturbed)) == STEPS
     first, second = (list(status.follow(undisturbed, rank, forever=True)) for rank in (0, 1))
     assert any(f"done at step {STEPS}" in line for line in first) and first[-1] == "patchmill: done"
@@ -139,8 +141,7 @@ def test_a_rank_that_is_killed_brings_the_job_back(undisturbed: Path, tmp_path: 
     assert trainers.keys() == {"0", "1"}
     trainers["0"].suspend()  # it does not end by itself, and has the run's lock
     trainers["1"].kill()
-    found = finish(run)
-    assert curve(run) == curve(undisturbed) and found.restarts == 1 and found.why == "done"
+    assert finish(run).why == "done" and curve(run) == curve(undisturbed)
     first, last = ended(run)
     assert f"rank 1 on {socket.gethostname()} was killed by SIGKILL" in first["reason"]
     assert first["crash"] and first["requeue"] and first["step"] >= 10 and not last["crash"]
@@ -172,7 +173,7 @@ def test_two_submits_at_once_make_one_job(tmp_path: Path) -> None:
     both = [subprocess.Popen(command(run, "slurm.setup=[sleep 600]"), stderr=subprocess.PIPE) for _ in range(2)]
     said = {process.wait(120): process.communicate()[1].decode() for process in both}
     assert said.keys() == {0, 2} and ("is running; patchmill cancel" in said[2] or "is being submitted" in said[2])
-    assert len(processes(run, "keep")) == 1
+    wait("one keeper", lambda: len(processes(run, "keep")) == 1, 10)  # its child looks like it until it is bash
     with pytest.raises(UserError, match="is running; patchmill cancel"), reserved(run):
         pass
     job = (run / "slurm" / "job.json").read_text()
