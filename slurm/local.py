@@ -33,7 +33,7 @@ LOCK: Final = "slurm/lock"  # held by a submit, and by the keeper for as long as
 def script(cfg: Config) -> str:
     """What an attempt runs, for bash."""
     asked, run = cfg.slurm, Path(cfg.run.dir).resolve()
-    gpus = visible_gpus()[: asked.gpus_per_node]
+    gpus = visible_gpus()[: asked.gpus_per_node] if asked.gpus_per_node else []
     # As --nproc has it: as many processes as there are CPUs must not each start as many threads.
     cpus = asked.cpus_per_task or max(1, len(os.sched_getaffinity(0)) // asked.world)
     start = [sys.executable, "-m", "slurm.local", "start", str(run)]
@@ -52,11 +52,12 @@ def reserved(run: Path) -> Iterator[int]:
     """Makes a run's folder for one who submits; yields the lock. Raises UserError while another does, or it has a job."""
     (run / FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
     with (run / LOCK).open("a") as lock:
-        taken, job = False, str(read_json(run / JOB).get("job", ""))
+        taken = False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             taken = True
+        job = str(read_json(run / JOB).get("job", ""))
         state = slurm_state(job)[0].lower() if job else "unknown"
         if state.upper() in LIVE:
             raise UserError(f"run.dir = {run}: its job {job} is {state}; patchmill cancel {run} ends it")

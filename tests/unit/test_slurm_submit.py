@@ -181,16 +181,21 @@ def test_a_job_runs_the_copy_and_not_the_tree_it_is_submitted_from(cfg) -> None:
     assert found.stdout == "the copy\n"
 
 
-def test_dry_run_needs_neither_torch_nor_slurm(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("executor", "said"),
+    [("slurm", ("#SBATCH --job-name=r", "job: 1 processes on 1 nodes")),
+     ("local", ("-m slurm.local start ", "job: 1 processes on this host"))],
+)  # fmt: skip
+def test_dry_run_needs_neither_torch_nor_slurm(executor: str, said: tuple[str, str], tmp_path: Path) -> None:
     code = ("import sys\nfrom pipeline.cli import main\n"
             f"sys.argv = ['patchmill', 'submit', '--dry-run', 'cifar10/mae', 'data.loader=synthetic', 'data.num_samples=64', "
-            f"'run.dir={tmp_path}/r']\n"
+            f"'run.dir={tmp_path}/r', 'slurm.executor={executor}']\n"
             "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code in (0, None), stop.code\n"
             "assert not {'torch', 'mlflow', 'ffcv', 'matplotlib'} & sys.modules.keys()\n")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                           env={"PATH": str(tmp_path)})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "#SBATCH --job-name=r" in done.stdout and "job: 1 processes on 1 nodes" in done.stdout
+    assert all(part in done.stdout for part in said)
 
 
 @pytest.mark.parametrize(
