@@ -77,9 +77,11 @@ def launch(cfg: Config, ready: Plan, lock: int) -> str:
     early = run / FOLDER / "starting.out"
     with early.open("ab") as log:
         # A signal that comes before the keeper can take it waits.
-        keeper = subprocess.Popen(["/bin/bash", "-c", "\n".join([*code_path(ready.code), f"exec {command}"])],
-                                  stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
-                                  pass_fds=(lock,), preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED))  # fmt: skip
+        keeper = subprocess.Popen(
+            ["/bin/bash", "-c", "\n".join([*code_path(ready.code), f"exec {command}"])], stdin=subprocess.DEVNULL, stdout=log,
+            stderr=log, env=env, start_new_session=True, pass_fds=(lock,),
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED),
+        )  # fmt: skip
     job = local_job(keeper.pid)
     early.rename(log_of(run, job, 0))
     note_job(cfg, run, job=job)
