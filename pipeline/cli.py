@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.bench.cli import bench
-from slurm.cli import cancel, chain, logs, scale, status, submit
+from slurm.cli import cancel, chain, logs, scale, status, submit, sweep
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -27,7 +27,7 @@ evaluate = typer.Typer(
 app.add_typer(prep, name="prep")
 app.add_typer(evaluate, name="eval")
 app.add_typer(bench, name="bench")
-for verb in (submit, chain, scale, status, cancel, logs):
+for verb in (submit, sweep, chain, scale, status, cancel, logs):
     app.command()(verb)
 
 

@@ -13,7 +13,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from pipeline.mlflow_run import (
 )
 from pipeline.runlog import LOG, Record, RunLog, discard_after, read_log, read_whole
 
-__all__ = ["MlflowSink", "RunLog", "SyncReport", "discard_after", "read_log", "resolve_uri", "sync"]
+__all__ = ["MlflowSink", "RunLog", "SyncReport", "discard_after", "nest", "read_log", "resolve_uri", "sync"]
 
 FLUSH_S = 5.0
 MAX_RETRY_S = 30.0
@@ -64,9 +64,9 @@ class MlflowSink:
         """
         self._dir, self._uri, self._params = run_dir, uri, params
         self._tags = {name: redact(value) for name, value in tags.items()}
-        self._state = load_state(run_dir, experiment=experiment, run_name=run_name)
-        self._state["tags"] |= self._tags
-        if not (run_dir / STATE).exists():
+        known = load_state(run_dir, experiment=experiment, run_name=run_name)
+        self._state = known | {"tags": known["tags"] | self._tags}
+        if self._state != known or not (run_dir / STATE).exists():
             save_state(run_dir, self._state)  # sync makes the same run from it, should nothing ever connect
         self._queue: queue.Queue[Record | Path] = queue.Queue(QUEUE_RECORDS)
         self._closing, self._behind, self._complete = threading.Event(), True, False
@@ -233,15 +233,43 @@ def sync(run_dir: Path, uri: str | None = None) -> SyncReport:
     target = resolve_uri(uri or state["uri"] or setting, run_dir)
     if target is None:
         raise UserError(f"{run_dir} was never sent to MLflow: name a store with --uri, such as http://127.0.0.1:5000")
+    with _told(run_dir, target, "name another store with --uri"):
+        return _replay(run_dir, state, target, read_log(run_dir / LOG))
+
+
+def nest(folder: Path, uri: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str],
+         runs: Sequence[Path]) -> str:  # fmt: skip
+    """Make a run in the store for a folder of runs, under which those that have not begun will be; its id.
+
+    A second call finds it. It is finished at once: it only says what the runs have in common. Raises UserError when the
+    store does not answer.
+    """
+    state = load_state(folder, experiment=experiment)
+    with _told(folder, uri, "set tracking.uri"):
+        remote = Remote(folder, state, uri)
+        remote.describe(params, tags)
+        remote.set_status("FINISHED")
+    for run in runs:
+        if not (run / STATE).exists():
+            under = {"mlflow.parentRunId": remote.run_id}
+            name = f"{folder.name}/{run.name}"
+            save_state(run, load_state(run, experiment=experiment, run_name=name, tags=under))
+    return remote.run_id
+
+
+@contextlib.contextmanager
+def _told(run_dir: Path, uri: str, remedy: str) -> Iterator[None]:
+    """As the only writer of a run; what MLflow raises becomes a UserError."""
     prepare_mlflow()
     from mlflow import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         with only_writer(run_dir):
-            return _replay(run_dir, state, target, read_log(run_dir / LOG))
+            yield
     except BlockingIOError:
         raise UserError(f"{run_dir}: another process sends this run to MLflow; try again when it has ended") from None
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise UserError(f"MLflow ({redact(target)}) cannot be reached or refuses: {brief(error)}; start it, or name "
-                        "another store with --uri") from error  # fmt: skip
+        raise UserError(
+            f"MLflow ({redact(uri)}) cannot be reached or refuses: {brief(error)}; start it, or {remedy}"
+        ) from error

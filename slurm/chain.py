@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from data_prep.verify import check_seal, load_seal
 from pipeline.chain_settings import StageConfig
 from pipeline.config import Config, ConfigError, RunFailed, UserError, load_config
 from slurm import status
-from slurm.checks import KEPT, mlflow_uri, seconds
+from slurm.checks import KEPT, mlflow_uri, seconds, several_jobs
 from slurm.job import CANCELLED, CONFIG, read_json
 from slurm.queue import LIVE, ask, slurm_state
 from slurm.submit import (
@@ -26,13 +27,14 @@ from slurm.submit import (
     Plan,
     code_path,
     commands,
+    copy_code,
     enqueue,
     note_job,
     plan,
-    prepare,
     refusal,
     require_no_job,
     threads,
+    write_run,
 )
 
 CHAIN: Final = "slurm/chain.json"  # the newest job of each stage, by its name
@@ -130,6 +132,7 @@ def _require_packable(pack: Pack, train: str | None) -> None:
 
 def _problems(cfg: Config) -> Iterator[str]:
     """What the settings of the chain have wrong."""
+    yield from several_jobs(cfg)
     if cfg.chain.evals and cfg.data.loader != "synthetic" and cfg.data.val is None:
         yield "data.val: is required and not set: chain.evals tests on its images; or set chain.evals=[]"
     if "dependency" in cfg.slurm.directives:
@@ -225,7 +228,8 @@ def chain(cfg: Config, *, dry_run: bool) -> str:
     if dry_run:
         return str(todo)
     require_no_job(run)
-    prepare(cfg, todo.ready)
+    write_run(cfg, run)
+    copy_code(todo.ready)
     queued = _queue(cfg, todo)
     jobs = ", ".join(f"{name} {job}" for name, job in queued.items())
     return "\n".join([*todo.ready.lines, *todo.lines, f"submitted: {jobs}; patchmill status {run}"])
@@ -281,6 +285,19 @@ def cancel(run: Path, patience_s: float) -> str:
     if not live or slurm_state(str(read_json(run / JOB).get("job", 0)))[0] in LIVE:
         said.append(status.cancel(run, patience_s))
     return "\n".join([*said, *(_end(run, name, live[name]) for name in live if name == "prep")])
+
+
+def cancel_all(runs: list[Path], patience_s: float) -> Iterator[str]:
+    """``cancel`` for each run that has a job, what waits first, so that it does not start when others end."""
+    jobs = {run: [str(read_json(run / JOB).get("job", "")), *read_json(run / CHAIN).values()] for run in runs}
+    states = {run: [slurm_state(job)[0] for job in dict.fromkeys(own) if job] for run, own in jobs.items()}
+    live = [run for run in runs if any(state in LIVE for state in states[run])] or runs[
+        :1
+    ]  # of none, what `cancel` says
+    waiting = [run for run in live if set(states[run]) & set(LIVE) == {"PENDING"}]
+    yield from (cancel(run, patience_s) for run in waiting)
+    with ThreadPoolExecutor(8) as pool:  # all of them save at the same time
+        yield from pool.map(lambda run: cancel(run, patience_s), [run for run in live if run not in waiting])
 
 
 def _end(run: Path, name: str, job: str) -> str:

@@ -89,6 +89,12 @@ def _host_problems(cfg: Config) -> Iterator[str]:
                    "CUDA_VISIBLE_DEVICES); set as many, or 0 for the CPU")  # fmt: skip
 
 
+def several_jobs(cfg: Config) -> Iterator[str]:
+    """What is wrong where jobs follow or accompany each other."""
+    if cfg.slurm.executor == "local":
+        yield "slurm.executor = local: several jobs need Slurm; leave it out, or submit them one after the other"
+
+
 def job_problems(cfg: Config) -> Iterator[str]:
     """``slurm.*`` and the folder; what is not used without Slurm. Raises ConfigError."""
     problems = [*(_host_problems(cfg) if cfg.slurm.executor == "local" else _sbatch_problems(cfg))]
@@ -160,14 +166,22 @@ def _memory(cfg: Config) -> Iterator[str]:
     yield f"memory: micro-batches of {micro} images, {fits} are predicted to fit {machine.bytes / GIB:.0f} GiB of a {cfg.slurm.gpu}"
 
 
-def _room(cfg: Config) -> Iterator[str]:
+def checkpoint_bytes(cfg: Config) -> float:
+    """What a run's checkpoints take at most: those that it keeps, and the one that it writes."""
     from pipeline.memory import state
 
-    run = Path(cfg.run.dir).resolve()
-    above = next(folder for folder in [run, *run.parents] if folder.exists())
     held = state(cfg)
-    needed = (cfg.checkpoint.keep + 1) * (held.weights + held.moments + held.average)
-    free = shutil.disk_usage(above).free
+    return (cfg.checkpoint.keep + 1) * (held.weights + held.moments + held.average)
+
+
+def free_bytes(run: Path) -> int:
+    """What is free where a run's folder is or will be."""
+    return shutil.disk_usage(next(folder for folder in [run, *run.parents] if folder.exists())).free
+
+
+def _room(cfg: Config) -> Iterator[str]:
+    run = Path(cfg.run.dir).resolve()
+    needed, free = checkpoint_bytes(cfg), free_bytes(run)
     if free < needed:
         raise UserError(f"run.dir = {run}: {cfg.checkpoint.keep} checkpoints and one more take {needed / 2**30:.2f} GiB, "
                         f"{free / 2**30:.2f} GiB are free; make room, or choose another folder")  # fmt: skip

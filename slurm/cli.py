@@ -41,6 +41,27 @@ def submit(
     typer.echo(str(plan(cfg, queue=False)) if dry_run else queue(cfg))
 
 
+def sweep(
+    space: Annotated[
+        str,
+        typer.Argument(metavar="SPACE", help="A YAML file or a shipped name: grid, list or random draws of settings."),
+    ],
+    settings: Settings,
+    parallel: Annotated[int | None, typer.Option(min=1, help="So many jobs at a time, whatever SPACE says.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script, the points and the plan; queue nothing.")
+    ] = False,
+) -> None:
+    """Queue a run for each point of a space as one job array; a second call runs those that have failed.
+
+    Example: patchmill sweep sweep/lr imagenet/mae_vit_b engine/ddp slurm/one_node data.train=train.beton run.dir=runs/lr
+    """
+    from slurm.sweep import sweep as queue
+
+    files, words = [s for s in settings if "=" not in s], [s for s in settings if "=" in s]
+    typer.echo(queue(space, files, words, parallel=parallel, queue=not dry_run))
+
+
 def chain(
     settings: Settings,
     dry_run: Annotated[
@@ -73,6 +94,7 @@ def status(runs: Runs) -> None:
     from rich.console import Console
 
     from slurm.chain import stages
+    from slurm.space import name_of
     from slurm.status import find_runs, look, replay, table
 
     found = [look(run) for run in find_runs(runs)]
@@ -82,7 +104,7 @@ def status(runs: Runs) -> None:
         for line in stages(run):
             console.print(f"{run.run.name}: {line}")
         if run.why not in ("", "done"):
-            console.print(f"{run.run.name} stopped last: {run.why}")
+            console.print(f"{name_of(run.run)} stopped last: {run.why}")
         for line in run.tail:
             console.print(f"  {line}")
     for run in found:
@@ -93,15 +115,17 @@ def status(runs: Runs) -> None:
 def cancel(
     run: Run, patience: Annotated[float, typer.Option(min=1, help="Seconds that it may take to save.")] = 300
 ) -> None:
-    """Save a submitted run, end its job, and of a chain all jobs, and do not let it come back; `submit` goes on from there.
+    """Save submitted runs, end their jobs, and of a chain all jobs, and do not let them come back.
+
+    The same `submit`, `sweep` or `chain` goes on from there.
 
     Example: patchmill cancel runs/pcae
     """
-    from slurm.chain import cancel as end
+    from slurm.chain import cancel_all
     from slurm.status import find_runs
 
-    for folder in find_runs([run]):
-        typer.echo(end(folder, patience))
+    for line in cancel_all(find_runs([run]), patience):
+        typer.echo(line)
 
 
 def logs(
@@ -113,10 +137,14 @@ def logs(
 
     Example: patchmill logs --follow runs/pcae
     """
+    from pipeline.config import UserError
     from slurm.status import find_runs
     from slurm.status import follow as lines
 
-    for line in lines(find_runs([run])[0], rank, forever=follow):
+    found = find_runs([run])
+    if len(found) > 1:
+        raise UserError(f"{run}: holds {len(found)} runs; name one, such as {found[0]}")
+    for line in lines(found[0], rank, forever=follow):
         typer.echo(line)
 
 

@@ -30,8 +30,19 @@ SETTLE_S: Final = 10.0  # for the other tasks to say what they saw, before Slurm
 
 
 def attempt() -> str:
-    """This job and how often it was requeued, such as 4711-0."""
-    return f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+    """This job and how often it was requeued, such as 4711-0, or 4711_3-0 for an element of an array."""
+    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
+    if array:  # by the number that people, job.json and the logs' names have, as submitit makes it
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+
+
+def element(folder: Path, points: list[str]) -> Path:
+    """The run of this job: the folder itself, or of an array the point that this element of it trains."""
+    if not points:
+        return folder
+    # An array of one is a plain job, to which the index of a job around it may have leaked.
+    return folder / points[int(os.environ["SLURM_ARRAY_TASK_ID"]) if len(points) > 1 else 0]
 
 
 def append(run: Path, **fields: Any) -> None:
@@ -233,4 +244,4 @@ def _writable(run: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(end(Path(sys.argv[1])))
+    sys.exit(end(element(Path(sys.argv[1]), sys.argv[2:])))

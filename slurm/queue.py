@@ -40,14 +40,25 @@ def slurm_state(job: str) -> tuple[str, str]:
     if code == 0 and "|" in said:
         state, _, reason = said.splitlines()[0].partition("|")
         return state, "" if reason == "None" else reason
-    code, said = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
-    return (said.split()[0] if code == 0 and said.split() and said.split()[0].isupper() else "UNKNOWN"), ""
+    state = _first(*ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State"))
+    if not state and "_" in job:  # what never began of an array is one row, such as CANCELLED|7_[2-5]
+        code, said = ask("sacct", "-X", "-n", "-P", "-j", job.split("_")[0], "-o", "State,JobID")
+        state = _first(code, next((line for line in said.splitlines() if "_[" in line), "").replace("|", " "))
+    return state or "UNKNOWN", ""
+
+
+def _first(code: int, said: str) -> str:
+    """The first word of an answer when it is a state."""
+    words = said.split()
+    return words[0] if code == 0 and words and words[0].isupper() else ""
 
 
 def tell(job: str, *, save: bool) -> tuple[int, str]:
     """Ask a job to save and end, or end it as it is; (exit code, what was said), 0 also where it has ended already."""
     if not job.startswith(LOCAL):
-        return ask("scancel", *(["--signal=USR2"] if save else []), job)
+        # Slurm 22.05 passes a signal to an element of an array on but denies it, and scancel repeats it for minutes; its
+        # step gets it at once.
+        return ask("scancel", "--signal=USR2", f"{job}.0" if "_" in job else job) if save else ask("scancel", job)
     try:
         process = os.pidfd_open(_parts(job)[1])
         try:

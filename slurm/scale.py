@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import yaml
 
 from pipeline.config import Config, ConfigError, RunFailed, UserError, flatten, load_config
+from slurm.checks import several_jobs
 from slurm.job import CONFIG, read_json
 from slurm.queue import LIVE
 from slurm.status import Status, look
@@ -168,6 +169,9 @@ def read_points(settings: Sequence[str], steps: int, batch: Batch) -> tuple[Conf
             continue
         place = cfg.run.model_copy(update={"dir": str(Path(cfg.run.dir) / name)})
         found.append(Point(name, some, cfg.model_copy(update={"run": place})))
+    for point in found:
+        for text in several_jobs(point.cfg):
+            problems.add(point.name, UserError(text))
     problems.raise_any()
     if (Path(first[0].run.dir) / "log.jsonl").exists():
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any, Final
 from pipeline.config import RunFailed, UserError
 from slurm.job import CANCELLED, attempts, exits_of, failures, newest_step, read_json
 from slurm.queue import LIVE, slurm_state, tell
+from slurm.space import name_of, settings_of, shown
 from slurm.submit import FOLDER, JOB
 
 RECENT: Final = 50  # training lines that speak for the speed
@@ -38,10 +39,11 @@ class Status:
 
 
 def find_runs(places: list[Path]) -> list[Path]:
-    """Submitted runs: the folders themselves, or those in a folder. Raises UserError where there is none."""
+    """Submitted runs: the folders themselves, or those in a folder and in its sweeps. Raises UserError where there is none."""
     found = []
     for place in places:
-        some = [place] if (place / JOB).is_file() else sorted(path.parents[1] for path in place.glob(f"*/{JOB}"))
+        inside = (path.parents[1] for pattern in (f"*/{JOB}", f"*/*/{JOB}") for path in place.glob(pattern))
+        some = [place] if (place / JOB).is_file() else sorted(inside)
         if not some:
             raise UserError(f"{place}: holds no run of `patchmill submit`, nor is it one")
         found += some
@@ -98,11 +100,16 @@ def first_failure(run: Path, attempt: str) -> list[str]:
     if not failed:
         return []
     rank = failed[0]["rank"]
-    path = run / FOLDER / f"{attempt.rpartition('-')[0]}_{rank}_log.out"
+    path = log_file(run, attempt.rpartition("-")[0], rank)
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     # submitit's own report of it follows.
     own = [line for line in lines if line.strip() and not line.startswith(("submitit ", "srun:", "slurmstepd:"))]
     return [f"rank {rank}: {line}" for line in own[-TAIL:]]
+
+
+def log_file(run: Path, job: str, rank: int) -> Path:
+    """Where a process of a job writes; those of a sweep's jobs do so in the sweep's folder."""
+    return run / read_json(run / JOB).get("logs", FOLDER) / f"{job}_{rank}_log.out"
 
 
 def _duration(seconds: float | None) -> str:
@@ -119,17 +126,21 @@ def _duration(seconds: float | None) -> str:
 
 
 def table(found: list[Status]) -> Any:
-    """A rich table, a row a run."""
+    """A rich table, a row a run; for points of a sweep with what distinguishes them."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for name in ("run", "job", "Slurm", "step", "loss", "images/s", "left", "restarts", "steps lost", "goodput"):
         table.add_column(name, justify="left" if name in ("run", "job", "Slurm") else "right", no_wrap=True)
+    settings = [shown(settings_of(run.run)) for run in found]
+    if any(settings):
+        table.add_column("settings")
     number = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
-    for run in found:
-        table.add_row(run.run.name, run.job, f"{run.state} ({run.reason})" if run.reason else run.state,
+    for run, own in zip(found, settings, strict=True):
+        table.add_row(name_of(run.run), run.job, f"{run.state} ({run.reason})" if run.reason else run.state,
                       f"{run.step}/{run.total or '-'}", number(run.loss, ".4f"), number(run.images_per_s, ".0f"),
-                      _duration(run.eta_s), str(run.restarts), str(run.lost_steps), number(run.goodput, ".0%"))  # fmt: skip
+                      _duration(run.eta_s), str(run.restarts), str(run.lost_steps), number(run.goodput, ".0%"),
+                      *([own] if any(settings) else []))  # fmt: skip
     return table
 
 
@@ -180,7 +191,7 @@ def _tell(run: Path, job: str, *, save: bool) -> None:
 def follow(run: Path, rank: int, *, forever: bool) -> Iterator[str]:
     """Lines of a rank's log of the newest job; ``forever``: those to come too, until the job has ended."""
     job = str(read_json(run / JOB).get("job", ""))
-    path = run / FOLDER / f"{job}_{rank}_log.out"
+    path = log_file(run, job, rank)
     if not path.exists() and not (forever and job and slurm_state(job)[0] in LIVE):
         raise UserError(f"{path}: is not there; the job has not started, or has no rank {rank}")
     position, ended = 0, False

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.config import CONFIG_DIR, Config, ConfigError, RunFailed, UserErro
 from slurm.checks import CHECKS, configuration, mlflow_uri, signal_lead, tracking_waits
 from slurm.job import CANCELLED, CONFIG, read_json
 from slurm.queue import ask
+from slurm.space import SWEEP
 
 FOLDER: Final = "slurm"  # of a run: what the job needs and leaves
 JOB: Final = "slurm/job.json"
@@ -91,15 +93,16 @@ def commands(cfg: Config) -> list[str]:
     return [*(f"export {key}={shlex.quote(value)}" for key, value in cfg.slurm.environment.items()), *cfg.slurm.setup]
 
 
-def parameters(cfg: Config, code: Path | None) -> dict[str, Any]:
-    """What submitit is told of the job."""
+def parameters(cfg: Config, code: Path | None, points: Sequence[str] = ()) -> dict[str, Any]:
+    """What submitit is told of the job, or of an array of jobs for the runs ``points`` in the folder."""
     asked, run = cfg.slurm, Path(cfg.run.dir).resolve()
-    python = shlex.quote(sys.executable)
+    verdict = shlex.join([sys.executable, "-m", "slurm.job", str(run), *points])
+    number = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     setup = [*code_path(code),
              # Whatever ends the job: its tasks, what is set up for them, or a signal to this script.
-             f"trap {shlex.quote(f'{python} -m slurm.job {shlex.quote(str(run))}; exit $?')} EXIT",
+             f"trap {shlex.quote(f'{verdict}; exit $?')} EXIT",
              # submitit refuses to write a result where a killed process left half of one.
-             f"rm -f {shlex.quote(str(run / FOLDER))}/*.save_tmp",
+             f"rm -f {shlex.quote(str(run / FOLDER))}/{number}_*.save_tmp",
              *commands(cfg)]  # fmt: skip
     more: dict[str, Any] = {"time": asked.time, "requeue": True} | ({"mem": asked.mem} if asked.mem else {})
     found = {
@@ -113,16 +116,9 @@ def parameters(cfg: Config, code: Path | None) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def plan(cfg: Config, *, queue: bool, coming: Collection[str] = ()) -> Plan:
-    """The job of a configuration. Raises ConfigError with every problem; without Slurm only where it is to be queued.
-
-    ``coming``: which of train and val are packed before it runs.
-    """
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    from slurm import local
-
-    lines, problems = [], list[str]()
+def examine(cfg: Config, coming: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """What the checks say of a configuration for the plan, and all that they have against it; ``coming``: see ``plan``."""
+    lines, problems = list[str](), list[str]()
     for look in (partial(configuration, coming=coming), *CHECKS):
         try:
             lines += look(cfg)
@@ -130,6 +126,24 @@ def plan(cfg: Config, *, queue: bool, coming: Collection[str] = ()) -> Plan:
             problems += error.problems
         except UserError as error:
             problems.append(str(error))
+    return lines, problems
+
+
+def plan(cfg: Config, *, queue: bool, coming: Collection[str] = ()) -> Plan:
+    """The job of a configuration. Raises ConfigError with every problem; without Slurm only where it is to be queued.
+
+    ``coming``: which of train and val are packed before it runs.
+    """
+    return assemble(cfg, *examine(cfg, coming), queue=queue)
+
+
+def assemble(cfg: Config, lines: list[str], problems: list[str], *, queue: bool, points: Sequence[str] = (),
+             parallel: int = 1) -> Plan:  # fmt: skip
+    """The job, or the array of jobs for ``points``, with what was said of it so far. Raises ConfigError with all problems."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    from slurm import local
+
     run, root = Path(cfg.run.dir).resolve(), source_tree()
     code, files = None, list[str]()
     if root is not None:
@@ -137,9 +151,14 @@ def plan(cfg: Config, *, queue: bool, coming: Collection[str] = ()) -> Plan:
         code = run / "code" / name
         lines.append(f"code: a copy of {root} in {code}")
     here = cfg.slurm.executor == "local"
-    told = {} if here else parameters(cfg, code)
+    told = {} if here else parameters(cfg, code, points) | ({"array_parallelism": parallel} if points else {})
+    count = len(points) if len(points) > 1 else None  # submitit makes a plain job of an array of one
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(run / FOLDER))}"
-    script = local.script(cfg) if here else _make_sbatch_string(command=command, folder=run / FOLDER, **told)
+    script = (
+        local.script(cfg)
+        if here
+        else _make_sbatch_string(command=command, folder=run / FOLDER, map_count=count, **told)
+    )
     if subprocess.run(["/bin/bash", "-n"], input=script.encode(), capture_output=True, check=False).returncode:
         problems.append("slurm.setup: is not what bash understands; a quote may be open")
     if here:
@@ -170,15 +189,25 @@ def refusal(script: str) -> Iterator[str]:
         yield "slurm: " + " ".join(line.removeprefix("allocation failure:").strip() for line in lines)
 
 
-def require_no_job(run: Path) -> None:
-    """Raises UserError while a job of this run is queued or runs, by what Slurm knows of their scripts."""
-    code, said = ask("squeue", "-h", "-o", "%i|%T|%o")
+def live_jobs(folder: Path) -> list[tuple[str, str, Path]]:
+    """(job, state, run's or sweep's folder) of the jobs whose scripts Slurm has from somewhere in a folder. Raises UserError."""
+    code, said = ask("squeue", "-h", "-r", "-o", "%i|%T|%o")
     if code:
         raise UserError(f"slurm: squeue does not say which jobs there are: {said.strip()}")
-    for line in said.splitlines():
-        if line.count("|") >= 2 and line.split("|", 2)[2].startswith(f"{run / FOLDER}/"):
-            job, state, _ = line.split("|", 2)
-            raise UserError(f"run.dir = {run}: its job {job} is {state.lower()}; patchmill cancel {run} ends it")
+    found = []
+    for job, state, script in (line.split("|", 2) for line in said.splitlines() if line.count("|") >= 2):
+        if Path(script).is_relative_to(folder) and Path(script).parent.name == FOLDER:
+            found.append((job, state.lower(), Path(script).parents[1]))
+    return found
+
+
+def require_no_job(run: Path) -> None:
+    """Raises UserError while a job of this run is queued or runs, by what Slurm knows of their scripts."""
+    noted = read_json(run / JOB).get("job")
+    for job, state, owner in live_jobs(run.parent):
+        # A sweep's script is that of all its points; one that was cut off may not have said to them which jobs are theirs.
+        if owner == run or (owner == run.parent and noted in (None, job)):
+            raise UserError(f"run.dir = {run}: its job {job} is {state}; patchmill cancel {run} ends it")
 
 
 def submit(cfg: Config) -> str:
@@ -188,51 +217,70 @@ def submit(cfg: Config) -> str:
     ready, here = plan(cfg, queue=True), cfg.slurm.executor == "local"
     if read_json(ready.run / "why_stopped.json").get("done"):
         raise UserError(f"run.dir = {ready.run}: that run is done; choose another folder")
+    if (ready.run / SWEEP).exists():
+        raise UserError(f"run.dir = {ready.run}: holds a sweep; choose another folder")
     with local.reserved(ready.run) as lock:
         if not here:
             require_no_job(ready.run)
-        prepare(cfg, ready)
+        write_run(cfg, ready.run)
+        copy_code(ready)
         number = local.launch(cfg, ready, lock) if here else enqueue(cfg, ready)
     said = f"{'started' if here else 'submitted'}: job {number}; patchmill status {ready.run}"
     return "\n".join([*ready.lines, said])
 
 
-def prepare(cfg: Config, ready: Plan) -> None:
-    """What a job finds in its run folder: the configuration and the code."""
-    (ready.run / FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
-    (ready.run / CANCELLED).unlink(missing_ok=True)
-    (ready.run / CONFIG).write_text(
-        cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": str(ready.run)})}).to_yaml()
-    )
+def write_run(cfg: Config, run: Path) -> None:
+    """Make a run's folder, with the configuration that its job reads there."""
+    (run / FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
+    (run / CANCELLED).unlink(missing_ok=True)
+    (run / CONFIG).write_text(cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": str(run)})}).to_yaml())
+
+
+def copy_code(ready: Plan) -> None:
+    """The plan's copy of the code, where there is a tree to copy."""
     root = source_tree()
     if root is not None and ready.code is not None:
         ready.code.parent.mkdir(exist_ok=True)
         snapshot(root, ready.code, ready.files)
 
 
-def enqueue(cfg: Config, ready: Plan, **more: str) -> str:
-    """Hand the training to Slurm, with ``more`` options of sbatch; its job's number. Raises RunFailed when it is not taken."""
+def executor(ready: Plan, **more: str) -> Any:
+    """submitit's executor for a plan, with ``more`` options of sbatch; leaves the script in the folder."""
     import submitit
+
+    (ready.run / FOLDER).mkdir(exist_ok=True, mode=0o700)
+    (ready.run / FOLDER / "job.sh").write_text(ready.script)
+    found = submitit.SlurmExecutor(ready.run / FOLDER)
+    told = ready.parameters
+    found.update_parameters(**told | {"additional_parameters": told["additional_parameters"] | more})
+    return found
+
+
+@contextmanager
+def taken(run: Path) -> Iterator[None]:
+    """What submitit raises when Slurm does not take a job, as RunFailed."""
     from submitit.core.utils import FailedJobError
 
+    try:
+        yield
+    except FailedJobError as error:
+        raise RunFailed(f"{run}: Slurm did not take the job: {' '.join(str(error).split())}") from None
+
+
+def enqueue(cfg: Config, ready: Plan, **more: str) -> str:
+    """Hand the training to Slurm, with ``more`` options of sbatch; its job's number. Raises RunFailed when it is not taken."""
     from slurm import job
 
-    (ready.run / FOLDER / "job.sh").write_text(ready.script)
     note_job(cfg, ready.run)  # it may start before its number is known here
-    executor = submitit.SlurmExecutor(ready.run / FOLDER)
-    told = ready.parameters
-    executor.update_parameters(**told | {"additional_parameters": told["additional_parameters"] | more})
-    try:
-        number: str = executor.submit(job.supervise, str(ready.run)).job_id
-    except FailedJobError as error:
-        raise RunFailed(f"{ready.run}: Slurm did not take the job: {' '.join(str(error).split())}") from None
+    with taken(ready.run):
+        number: str = executor(ready, **more).submit(job.supervise, str(ready.run)).job_id
     note_job(cfg, ready.run, job=number)
     return number
 
 
-def note_job(cfg: Config, run: Path, **job: str) -> None:
-    """Write what the job, `status` and `logs` must know of it to the run folder."""
+def note_job(cfg: Config, run: Path, **more: str) -> None:
+    """Write what the job, `status` and `logs` must know of it to the run folder: ``more`` is its number, and where its logs are."""
     from pipeline.runlog import replace_file
 
     record = {"tracking": mlflow_uri(cfg), "tracking_waits": tracking_waits(cfg), "world": cfg.slurm.world}
-    replace_file(run / JOB, json.dumps(record | job).encode())
+    replace_file(run / JOB, json.dumps(record | more).encode())

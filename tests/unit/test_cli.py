@@ -16,7 +16,7 @@ VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"]
          ["eval", "linear"], ["visualize"], ["export"], ["sync"], ["compare"], ["bench", "data"], ["bench", "methods"],
          ["bench", "attention"], ["bench", "parity"], ["bench", "engines"], ["bench", "loop"],
          ["bench", "tracking"], ["bench", "save"], ["quickstart"],
-         ["submit"], ["chain"], ["scale"], ["status"], ["cancel"], ["logs"]]  # fmt: skip
+         ["submit"], ["sweep"], ["chain"], ["scale"], ["status"], ["cancel"], ["logs"]]  # fmt: skip
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -103,6 +103,7 @@ def test_check_reports_all_problems_with_exit_code_2(monkeypatch, capsys, tmp_pa
     ["sync", "/no/such/run"],
     ["compare", "/no/such/run", "/no/such/other"],
     ["compare"],
+    ["sweep", "/no/such/space.yaml", "quickstart/mae"],
     ["prep", "scan", "/no/such/folder", "/tmp/m.jsonl"],
     ["prep", "write", "/no/such/manifest.jsonl", "/tmp/x.beton"],
     ["prep", "verify", "/no/such.beton"],

@@ -10,8 +10,11 @@ from test_costs import counted
 from pipeline.config import CONFIG_DIR, find_config, load_config
 from pipeline.estimate import flops_per_image
 from pipeline.methods import build_method
+from slurm.space import read_space
+from slurm.sweep import configure
 
 NAMES = [str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in sorted(CONFIG_DIR.glob("*/*.yaml"))]
+SPACES = [name for name in NAMES if name.startswith("sweep/")]
 FRAGMENTS = [name for name in NAMES if "name" not in yaml.safe_load(find_config(name).read_text()).get("method", {})]
 RECIPES = [name for name in NAMES if name not in FRAGMENTS]
 BASE = ["run.dir=runs/x", "data.train=train.beton"]
@@ -27,7 +30,7 @@ def rows() -> list[str]:
     return re.findall(r"^#   (T\d .+)$", header("cifar10/randsac_vit_s"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SPACES])
 def test_a_header_says_what_it_is_on_what_and_the_command(name: str) -> None:
     text = header(name)
     verb = "submit" if name.startswith("slurm/") else "train"
@@ -36,6 +39,15 @@ def test_a_header_says_what_it_is_on_what_and_the_command(name: str) -> None:
     command = re.sub(r"--nproc \d+", "", text.split(f"Command: patchmill {verb} ")[1].splitlines()[0]).split()
     cfg = load_config([word for word in command if "=" not in word], [word for word in command if "=" in word])
     assert name in command and flops_per_image(cfg).step > 0
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_space_says_what_it_is_and_each_of_its_points_is_valid(name: str) -> None:
+    text = header(name)
+    words = text.split(f"Command: patchmill sweep {name} ")[1].splitlines()[0].split()
+    space = read_space(name)
+    points = configure(space, [word for word in words if "=" not in word], [word for word in words if "=" in word])
+    assert "Hardware:" in text and len(points) >= (space.parallel or 0) > 0
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -346,7 +346,7 @@ def test_the_training_takes_the_chain_s_options_besides_its_own(cfg, tmp_path: P
     monkeypatch.setattr("submitit.SlurmExecutor", Executor)
     made = cfg("slurm.directives={reservation: lab}", "chain.evals=[]")
     ready = chain.draft(made, queue=False).ready
-    submit.prepare(made, ready)
+    submit.write_run(made, ready.run)
     assert submit.enqueue(made, ready, dependency="afterok:1") == "7"
     more = told["additional_parameters"]
     assert (more["dependency"], more["reservation"], more["requeue"]) == ("afterok:1", "lab", True)

@@ -18,7 +18,7 @@ from mlflow_stores import assert_once, history, open_sink, runs_in, state_of, th
 from pipeline import mlflow_run, tracking
 from pipeline.config import UserError
 from pipeline.runlog import LOG
-from pipeline.tracking import RunLog, resolve_uri, sync
+from pipeline.tracking import RunLog, nest, resolve_uri, sync
 
 
 def test_sync_makes_the_run_and_a_second_one_sends_nothing(
@@ -183,7 +183,8 @@ def test_no_uri_leaves_what_sync_noted(run_dir: Path, uri: str) -> None:
     sync(run_dir, uri)
     before = state_of(run_dir)
     open_sink(run_dir, None).close()
-    assert state_of(run_dir) == before and before["uri"] == uri
+    # What it would tag the run with is noted for the next sync.
+    assert state_of(run_dir) == before | {"tags": {"method": "mae"}} and before["uri"] == uri
 
 
 def test_one_writer(run_dir: Path, uri: str) -> None:
@@ -196,3 +197,24 @@ def test_one_writer(run_dir: Path, uri: str) -> None:
         assert runs_in(uri) == []
     sink.close("FINISHED", 60)
     assert_once(uri, ["loss"], range(1, 4))
+
+
+@pytest.mark.parametrize("by_the_job", [True, False])
+def test_runs_are_nested_in_their_folder_s_whoever_sends_them(by_the_job: bool, tmp_path: Path, uri: str) -> None:
+    folder, run_dir = tmp_path / "sweep", tmp_path / "sweep" / "000"
+    run_dir.mkdir(parents=True)
+    parent = nest(folder, uri, "test", {"grid.a": "[1]"}, {"patchmill.points": "1"}, [run_dir])
+    assert nest(folder, uri, "test", {"grid.a": "[1]"}, {"patchmill.points": "1"}, [run_dir]) == parent
+    sink = open_sink(run_dir, uri if by_the_job else None)
+    train(run_dir, sink, 1, 3)
+    sink.close()
+    assert sync(run_dir, uri).sent == (0 if by_the_job else 9)
+    above, child = sorted(runs_in(uri), key=lambda run: run.info.run_id != parent)
+    assert (above.info.run_name, above.info.status, above.data.params) == ("sweep", "FINISHED", {"grid.a": "[1]"})
+    assert child.data.tags["mlflow.parentRunId"] == parent and child.data.tags["method"] == "mae"
+    assert child.info.run_name == "sweep/000"
+
+
+def test_a_store_that_does_not_answer_keeps_a_folder_from_being_queued(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be reached or refuses: .*; start it, or set tracking.uri"):
+        nest(tmp_path, "http://127.0.0.1:9", "test", {}, {}, [])
