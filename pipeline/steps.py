@@ -29,26 +29,38 @@ class Silent:
 
 
 class StepBuffer:
-    """Training lines whose numbers are still on the device; one transfer a log interval turns them into log lines."""
+    """Training lines whose numbers are still on the device; one transfer a log interval turns them into log lines.
+
+    ``samples`` in a line is the sum of the batch's sample keys (``pipeline.keys``) in 64 bits, in hexadecimal: it says which
+    images the step has seen in which epoch, in whatever order and on however many ranks.
+    """
 
     def __init__(self, batch: int, names: Sequence[str], run_log: "RunLog | Silent", sink: "MlflowSink | Silent",
                  guard: NonFiniteGuard, world: World) -> None:  # fmt: skip
         """Lines of steps of ``batch`` images go to ``run_log`` first, then to ``sink``; ``names`` of what is trained."""
         self.batch, self.names, self.run_log, self.sink, self.guard = batch, names, run_log, sink, guard
         self.culprit: str | None = None
-        self.meter, self.known = Meter(world.gather if world.size > 1 else None), list[dict[str, float]]()
+        self.world, self.sums = world, list[int]()
+        self.meter, self.known = Meter(self._gather if world.size > 1 else None), list[dict[str, float]]()
 
-    def add(self, step: int, epoch: int, lr: float, scalars: dict[str, Tensor], waited_s: float) -> None:
-        """One step's device scalars, and the seconds it waited for data."""
+    def _gather(self, numbers: list[float]) -> list[list[float]]:
+        """All ranks' numbers; the sums of keys that go with them become those of whole batches."""
+        everyone = self.world.gather((numbers, self.sums))
+        self.sums = [sum(parts) for parts in zip(*(sums for _, sums in everyone), strict=True)]
+        return [numbers for numbers, _ in everyone]
+
+    def add(self, step: int, epoch: int, lr: float, scalars: dict[str, Tensor], waited_s: float, keys: Tensor) -> None:
+        """One step's device scalars, the seconds it waited for data, and the keys of this rank's samples: int64 on the CPU."""
         self.meter.add(scalars, self.batch, waited_s)
+        self.sums.append(int(keys.sum()))
         self.known.append({"step": step, "samples_seen": step * self.batch, "epoch": epoch, "lr": lr})
 
     def flush(self) -> dict[str, float]:
         """Write a line a step and restart the clock; returns the interval's means. Raises NonFinite by the guard's verdict."""
         means = self.meter.flush()
-        known, self.known = self.known, []
+        known, self.known, sums, self.sums = self.known, [], self.sums, []
         verdicts, lines = list[tuple[int, bool]](), list[Any]()
-        for fields, row in zip(known, self.meter.rows, strict=True):
+        for fields, row, total in zip(known, self.meter.rows, sums, strict=True):
             skipped, culprit = bool(row.pop("skipped")), int(row.pop("culprit"))
             verdicts.append((int(fields["step"]), skipped))
             if skipped:
@@ -56,7 +68,7 @@ class StepBuffer:
                 self.run_log.write(
                     "skip", step=fields["step"], reason="the gradient is not finite", tensor=self.culprit
                 )
-            lines.append(self.run_log.write("train", **fields, **row))
+            lines.append(self.run_log.write("train", **fields, **row, samples=f"{total % 2**64:016x}"))
         try:
             self.guard.observe(verdicts)
         except NonFinite as found:

@@ -23,8 +23,9 @@ class StopRequest:
         self._ends, self._since = ends, 0.0
 
     def __enter__(self) -> Self:
-        """Install the handlers."""
+        """Install the handlers; a job's supervisor has held the signals back until now."""
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:

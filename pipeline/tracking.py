@@ -33,7 +33,7 @@ from pipeline.mlflow_run import (
 )
 from pipeline.runlog import LOG, Record, RunLog, discard_after, read_log, read_whole
 
-__all__ = ["MlflowSink", "RunLog", "SyncReport", "discard_after", "nest", "read_log", "resolve_uri", "sync"]
+__all__ = ["MlflowSink", "RunLog", "SyncReport", "discard_after", "nest", "read_log", "resolve_uri", "sync", "tag"]
 
 FLUSH_S = 5.0
 MAX_RETRY_S = 30.0
@@ -204,10 +204,12 @@ def _status_of(run_dir: Path, records: Sequence[Record]) -> str:
     return "KILLED" if stopped["reason"].startswith("stopped by") else "FAILED"
 
 
-def _replay(run_dir: Path, state: Record, uri: str, records: Sequence[Record]) -> SyncReport:
+def _replay(run_dir: Path, state: Record, uri: str, records: Sequence[Record], tags: Mapping[str, str]) -> SyncReport:
     remote = Remote(run_dir, state, uri)
     config = run_dir / "config.yaml"
-    remote.describe(flatten(load_config([config]).model_dump(mode="json")) if config.exists() else {}, state["tags"])
+    remote.describe(
+        flatten(load_config([config]).model_dump(mode="json")) if config.exists() else {}, state["tags"] | tags
+    )
     points: dict[tuple[str, int], Point] = {}
     for point in (point for record in records for point in points_of(record)):
         points.setdefault((point.key, point.step), point)  # the first, as the sink sends
@@ -219,11 +221,11 @@ def _replay(run_dir: Path, state: Record, uri: str, records: Sequence[Record]) -
     return SyncReport(redact(uri), remote.run_id, len(missing), len(points) - len(missing), files, status)
 
 
-def sync(run_dir: Path, uri: str | None = None) -> SyncReport:
+def sync(run_dir: Path, uri: str | None = None, tags: Mapping[str, str] | None = None) -> SyncReport:
     """Send to MLflow what the run folder has and the run in the store has not; makes the run if there is none.
 
-    ``uri`` defaults to where the run was sent before. Raises UserError when the folder has no log, no store is known,
-    another process sends this run, or the store does not answer (within the client's timeout).
+    ``uri`` defaults to where the run was sent before; ``tags`` are set beside the run's own. Raises UserError when the folder
+    has no log, no store is known, another process sends this run, or the store does not answer (within the client's timeout).
     """
     if not (run_dir / LOG).exists():
         raise UserError(f"{run_dir} is not a run folder: it has no {LOG}; give the run.dir of `patchmill train`")
@@ -234,7 +236,7 @@ def sync(run_dir: Path, uri: str | None = None) -> SyncReport:
     if target is None:
         raise UserError(f"{run_dir} was never sent to MLflow: name a store with --uri, such as http://127.0.0.1:5000")
     with _told(run_dir, target, "name another store with --uri"):
-        return _replay(run_dir, state, target, read_log(run_dir / LOG))
+        return _replay(run_dir, state, target, read_log(run_dir / LOG), tags or {})
 
 
 def nest(folder: Path, uri: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str],
@@ -257,18 +259,42 @@ def nest(folder: Path, uri: str, experiment: str, params: Mapping[str, Any], tag
     return remote.run_id
 
 
+def tag(run_dir: Path, uri: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run that its own process sends to ``uri``, also meanwhile; none while that has not begun.
+
+    Raises UserError when the store does not answer.
+    """
+    run_id = load_state(run_dir)["run_id"]
+    if run_id is not None:
+        with _reachable(uri, "set tracking.uri"):
+            from mlflow import MlflowClient
+            from mlflow.entities import RunTag
+
+            MlflowClient(uri).log_batch(run_id, tags=[RunTag(*item) for item in tags.items()], synchronous=True)
+
+
 @contextlib.contextmanager
 def _told(run_dir: Path, uri: str, remedy: str) -> Iterator[None]:
-    """As the only writer of a run; what MLflow raises becomes a UserError."""
+    """As the only writer of a run. Raises UserError where another process is, and in place of what MLflow raises."""
+    with _reachable(uri, remedy):
+        try:
+            with only_writer(run_dir):
+                yield
+        except BlockingIOError:
+            raise UserError(
+                f"{run_dir}: another process sends this run to MLflow; try again when it has ended"
+            ) from None
+
+
+@contextlib.contextmanager
+def _reachable(uri: str, remedy: str) -> Iterator[None]:
+    """MLflow's client is ready in here. Raises UserError in place of what it raises."""
     prepare_mlflow()
     from mlflow import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        with only_writer(run_dir):
-            yield
-    except BlockingIOError:
-        raise UserError(f"{run_dir}: another process sends this run to MLflow; try again when it has ended") from None
+        yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise UserError(
             f"MLflow ({redact(uri)}) cannot be reached or refuses: {brief(error)}; start it, or {remedy}"

@@ -232,7 +232,7 @@ class Trainer:
             momentum = momentum_at(self.step, plan.total_steps, *cfg.momentum)
             scalars = update(self.engine, batch, self.portion, lr, cfg.optim.clip, momentum, self.saver.ready)
             self.step += 1
-            self.buffer.add(self.step, epoch, lr, scalars, batches.waited - waited)
+            self.buffer.add(self.step, epoch, lr, scalars, batches.waited - waited, batch.keys)
             waited = batches.waited
             heart.beat("profile", self.step)
             self.profiler.after(self.step)

@@ -18,6 +18,7 @@ from data_prep.verify import check_seal, load_seal
 from pipeline.chain_settings import StageConfig
 from pipeline.config import Config, ConfigError, RunFailed, UserError, load_config
 from slurm import status
+from slurm.account import read_lines
 from slurm.checks import KEPT, mlflow_uri, seconds, several_jobs
 from slurm.job import CANCELLED, CONFIG, read_json
 from slurm.queue import LIVE, ask, slurm_state
@@ -77,7 +78,7 @@ def _done(run: Path) -> bool:
 def results(run: Path) -> dict[str, float]:
     """Top-1 in percent by probe, of the last step of a run that is done."""
     why, found = read_json(run / "why_stopped.json"), dict[str, float]()
-    for line in status.log_lines(run / "log.jsonl") if why.get("done") else []:
+    for line in read_lines(run / "log.jsonl") if why.get("done") else []:
         if line.get("kind") == "eval" and line.get("step") == why.get("step"):
             found |= {name: line[key] for name, key in RESULTS.items() if key in line}
     return found

@@ -108,7 +108,7 @@ def status(runs: Runs) -> None:
         for line in run.tail:
             console.print(f"  {line}")
     for run in found:
-        if problem := replay(run.run):
+        if problem := replay(run):
             console.print(problem)
 
 

@@ -13,16 +13,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from data_prep.workers import die_with
 from pipeline.config import load_config
+from slurm.queue import was_cancelled
 
 CONFIG: Final = "slurm/config.yaml"  # as it was submitted
 ATTEMPTS: Final = "slurm/attempts.jsonl"
 EXITS: Final = "slurm/exits"
+SUMMARY: Final = "slurm/summary.json"
 CANCELLED: Final = "slurm/cancelled"
 FORWARDED: Final = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 STOPPED: Final = 75
@@ -87,13 +90,14 @@ class Signals:
     """Signals for this process, passed to ``child`` by a thread: they are not late when the main thread is in a long call."""
 
     def __init__(self, child: "subprocess.Popen[bytes]") -> None:
-        """Takes the place of whatever handlers there are."""
+        """Takes the place of whatever handlers there are; what was held back until now is passed on."""
         self._child = child
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in FORWARDED:
             signal.signal(number, lambda *_: None)  # the byte in the pipe is what counts
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         threading.Thread(target=self._forward, args=(reader,), name="signals", daemon=True).start()
 
     def _forward(self, reader: int) -> None:
@@ -110,6 +114,8 @@ def supervise(folder: str, settle_s: float = SETTLE_S) -> None:
         append(run, event="begin", nodes=os.environ.get("SLURM_JOB_NODELIST"),
                step=newest_step(run))  # fmt: skip
     parent = os.getpid()
+    # Held back, also in the child, until there is one who takes it: else a signal now ends a process that has lost nothing.
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     child = subprocess.Popen([sys.executable, "-m", "pipeline", "train", str(run / CONFIG), *overrides(run)],
                              preexec_fn=lambda: die_with(parent))  # fmt: skip
     Signals(child)
@@ -211,11 +217,14 @@ def conclude(run: Path, requeue: Callable[[Verdict], Verdict]) -> Verdict:
     append(
         run, event="end", step=newest_step(run), reason=verdict.reason, requeue=verdict.requeue, crash=verdict.code == 1
     )
+    _sum_up(run)
     sys.stderr.write(f"patchmill: {verdict.reason}{'; requeued' if verdict.requeue else ''}\n")
     return verdict
 
 
 def _slurm_requeues(verdict: Verdict) -> Verdict:
+    if was_cancelled(os.environ["SLURM_JOB_ID"]):
+        return Verdict(False, f"cancelled by scancel; {verdict.reason}", STOPPED)
     asked = subprocess.run(
         ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
     )
@@ -231,6 +240,15 @@ def end(run: Path) -> int:
     """The verdict on a job of Slurm's, which is asked to requeue it; the exit code of the batch script."""
     verdict = conclude(run, _slurm_requeues)
     return 0 if verdict.requeue else verdict.code
+
+
+def _sum_up(run: Path) -> None:
+    """What the run has cost until now, for those who have the folder only."""
+    from pipeline.runlog import replace_file
+    from slurm.account import account
+
+    with suppress(OSError):  # it can be counted again
+        replace_file(run / SUMMARY, json.dumps(asdict(account(run))).encode())
 
 
 def _writable(run: Path) -> bool:

@@ -25,7 +25,7 @@ from pipeline.config import Config, UserError
 from slurm.checks import visible_gpus
 from slurm.job import FORWARDED, SETTLE_S, Verdict, conclude, read_json, supervise
 from slurm.queue import LIVE, local_job, slurm_state
-from slurm.submit import FOLDER, JOB, Plan, code_path, commands, note_job, threads
+from slurm.submit import FOLDER, JOB, Plan, code_path, commands, environment, note_job
 
 LOCK: Final = "slurm/lock"  # held by a submit, and by the keeper for as long as it lives
 
@@ -38,7 +38,7 @@ def script(cfg: Config) -> str:
     cpus = asked.cpus_per_task or max(1, len(os.sched_getaffinity(0)) // asked.world)
     start = [sys.executable, "-m", "slurm.local", "start", str(run)]
     devices = f"export CUDA_VISIBLE_DEVICES={','.join(gpus)}"
-    return "\n".join(["#!/bin/bash", *threads(cpus), devices, *commands(cfg), f"exec {shlex.join(start)}", ""])
+    return "\n".join(["#!/bin/bash", *environment(cpus), devices, *commands(cfg), f"exec {shlex.join(start)}", ""])
 
 
 def describe(cfg: Config) -> str:

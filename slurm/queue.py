@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,23 @@ def ask(*command: str) -> tuple[int, str]:
         ["timeout", "60", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     return done.returncode, done.stdout or f"no answer to {command[0]} in a minute"
+
+
+def was_cancelled(job: str) -> bool:
+    """Whether somebody has ended this job, whose script still runs: Slurm would let it come back all the same.
+
+    squeue calls it completing, as after a time limit or a requeue; what the job ended by only the accounting tells, a moment
+    later. Without accounting the answer is no.
+    """
+    state = ""
+    for _ in range(10):
+        if ask("squeue", "-h", "-j", job, "-o", "%T")[1].strip() == "RUNNING":
+            return False
+        code, state = ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State")
+        if code or state.split()[-1:] not in (["RUNNING"], ["PENDING"]):
+            break
+        time.sleep(0.5)
+    return state.startswith("CANCELLED")
 
 
 def slurm_state(job: str) -> tuple[str, str]:

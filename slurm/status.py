@@ -1,6 +1,5 @@
 """``patchmill status``, ``cancel`` and ``logs``: what became of submitted runs, read from their folders and from Slurm."""
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,18 +8,19 @@ from statistics import median
 from typing import Any, Final
 
 from pipeline.config import RunFailed, UserError
+from slurm.account import RECENT, Account, account, pace, read_lines, train_lines
 from slurm.job import CANCELLED, attempts, exits_of, failures, newest_step, read_json
 from slurm.queue import LIVE, slurm_state, tell
 from slurm.space import name_of, settings_of, shown
 from slurm.submit import FOLDER, JOB
 
-RECENT: Final = 50  # training lines that speak for the speed
 TAIL: Final = 5  # lines of the rank that failed first
+MAX_TAG: Final = 5000  # characters that MLflow takes
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run's job as Slurm and the run folder have it. ``goodput``: seconds of steps that stayed over those since the start."""
+    """A run's job as Slurm and the run folder have it."""
 
     run: Path
     job: str
@@ -31,9 +31,7 @@ class Status:
     loss: float | None
     images_per_s: float | None
     eta_s: float | None
-    restarts: int
-    lost_steps: int
-    goodput: float | None
+    cost: Account
     why: str
     tail: list[str]
 
@@ -50,35 +48,18 @@ def find_runs(places: list[Path]) -> list[Path]:
     return found
 
 
-def log_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a run's log."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last one, while it is written
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
-
-
 def look(run: Path) -> Status:
     """A run's status now."""
-    record, log = read_json(run / JOB), log_lines(run / "log.jsonl")
+    record, log = read_json(run / JOB), read_lines(run / "log.jsonl")
     job = str(record.get("job", ""))
     state, reason = slurm_state(job) if job else ("UNKNOWN", "")
-    train = [
-        line for line in log if line.get("kind") == "train" and {"time", "step", "loss", "images_per_s"} <= line.keys()
-    ]
+    train = train_lines(log)
     total = next((line.get("total_steps") for line in reversed(log) if line.get("kind") in ("start", "resume")), None)
     step = train[-1]["step"] if train else 0
-    seconds = [b["time"] - a["time"] for a, b in zip(train, train[1:], strict=False) if b["step"] == a["step"] + 1]
-    pace = median(seconds[-RECENT:]) if seconds else None
+    seconds = pace(train)
     speed = median(line["images_per_s"] for line in train[-RECENT:]) if train else None
     history = attempts(run)
     begun = [line for line in history if line["event"] == "begin"]
-    spent = train[-1]["time"] - begun[0]["time"] if begun and train else None
     why = read_json(run / "why_stopped.json")
     told = next((str(line.get("reason")) for line in reversed(history) if line["event"] == "end"), "")
     last = history[-1] if history else {}
@@ -87,9 +68,8 @@ def look(run: Path) -> Status:
         told = f"the job was ended from outside ({state.lower()}) and does not come back; submit the run again"
     alive = state in LIVE and not why.get("done")
     return Status(
-        run, job, state, reason, step, total, train[-1]["loss"] if train else None, speed,
-        (total - step) * pace if alive and pace and total else None, max(0, len(begun) - 1),
-        len(log_lines(run / "log.discarded.jsonl")), min(1.0, pace * len(train) / spent) if pace and spent else None,
+        run, job, state, reason, step, total, float(train[-1]["loss"]) if train else None, speed,
+        (total - step) * seconds if alive and seconds and total else None, account(run),
         told or str(why.get("reason", "")), [] if why.get("done") or not begun else first_failure(run, begun[-1]["attempt"]),
     )  # fmt: skip
 
@@ -139,20 +119,32 @@ def table(found: list[Status]) -> Any:
     for run, own in zip(found, settings, strict=True):
         table.add_row(name_of(run.run), run.job, f"{run.state} ({run.reason})" if run.reason else run.state,
                       f"{run.step}/{run.total or '-'}", number(run.loss, ".4f"), number(run.images_per_s, ".0f"),
-                      _duration(run.eta_s), str(run.restarts), str(run.lost_steps), number(run.goodput, ".0%"),
-                      *([own] if any(settings) else []))  # fmt: skip
+                      _duration(run.eta_s), str(run.cost.restarts), str(run.cost.lost_steps),
+                      number(run.cost.goodput, ".0%"), *([own] if any(settings) else []))  # fmt: skip
     return table
 
 
-def replay(run: Path) -> str | None:
-    """Send what the job has logged to MLflow, where the job itself may not; a line when that fails."""
-    record = read_json(run / JOB)
-    if not record.get("tracking_waits") or not (run / "log.jsonl").exists():
+def tags(found: Status) -> dict[str, str]:
+    """What MLflow is told of a run's job: tags, which may change, where parameters are final."""
+    cost = found.cost
+    reasons = "; ".join(f"{reason} ({count})" for reason, count in cost.reasons.items())
+    told = {"job": found.job, "state": found.state, "why": found.why, "restarts": cost.restarts, "reasons": reasons,
+            "lost_steps": cost.lost_steps, "goodput": "" if cost.goodput is None else f"{cost.goodput:.3f}"}  # fmt: skip
+    return {f"slurm.{name}": str(value)[:MAX_TAG] for name, value in told.items()}
+
+
+def replay(found: Status) -> str | None:
+    """Send what the job has logged to MLflow, where the job itself may not, and its tags; a line when that fails."""
+    run, record = found.run, read_json(found.run / JOB)
+    if record.get("tracking", "none") == "none" or not (run / "log.jsonl").exists():
         return None
-    from pipeline.tracking import sync
+    from pipeline.tracking import sync, tag
 
     try:
-        sync(run, record["tracking"])
+        if record.get("tracking_waits"):
+            sync(run, record["tracking"], tags(found))
+        else:
+            tag(run, record["tracking"], tags(found))
     except UserError as error:
         return f"{run.name}: not sent to MLflow: {error}"
     return None
@@ -194,7 +186,7 @@ def follow(run: Path, rank: int, *, forever: bool) -> Iterator[str]:
     path = log_file(run, job, rank)
     if not path.exists() and not (forever and job and slurm_state(job)[0] in LIVE):
         raise UserError(f"{path}: is not there; the job has not started, or has no rank {rank}")
-    position, ended = 0, False
+    position, ended, silent = 0, False, False
     while True:
         if path.exists():
             with path.open(errors="replace") as file:
@@ -203,5 +195,16 @@ def follow(run: Path, rank: int, *, forever: bool) -> Iterator[str]:
                 position = file.tell()
         if ended or not forever:
             return
-        ended = slurm_state(job)[0] not in LIVE  # what it wrote last is still read
+        state = slurm_state(job)[0]
+        if state == "UNKNOWN" and not silent:
+            yield f"patchmill: Slurm does not say how job {job} is; waiting for what it writes (Ctrl-C ends that)"
+        silent = state == "UNKNOWN"
+        # What it wrote last is still read. Without accounting Slurm forgets a job; the verdict stays in the folder.
+        ended = _is_over(run, job) if silent else state not in LIVE
         time.sleep(1.0)
+
+
+def _is_over(run: Path, job: str) -> bool:
+    """Whether the newest verdict on the run says that this job does not come back."""
+    last = next(iter(attempts(run)[-1:]), {})
+    return last.get("event") == "end" and last["attempt"].startswith(f"{job}-") and not last.get("requeue")

@@ -23,6 +23,8 @@ from slurm.space import SWEEP
 
 FOLDER: Final = "slurm"  # of a run: what the job needs and leaves
 JOB: Final = "slurm/job.json"
+# A task's first words: Slurm may signal it before Python runs, when there is nothing yet to save.
+TASK_PYTHON: Final = f"""sh -c 'trap "" USR2; exec "$@"' task {shlex.quote(sys.executable)}"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,21 @@ def threads(cpus: int | None) -> list[str]:
     return [f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}}"] if cpus else []
 
 
+def environment(cpus: int | None) -> list[str]:
+    """Of a batch script: what processes of ``cpus`` CPUs find set; what the user has set goes before.
+
+    Elsewhere: the network device is ``engine.interface``, a process's GPU goes by its number on the host (all are visible, so
+    that NCCL reaches those beside it), and ``pipeline.launch`` has the flight recorder write into the run folder.
+    """
+    # Compiled code on the host's own disk: in a home on the network all processes would write the same files.
+    cache = "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/patchmill-$UID"
+    lines = ["export NCCL_DEBUG=${NCCL_DEBUG:-WARN}",
+             f'export TORCHINDUCTOR_CACHE_DIR="${{TORCHINDUCTOR_CACHE_DIR:-{cache}/inductor}}"',
+             f'export TRITON_CACHE_DIR="${{TRITON_CACHE_DIR:-{cache}/triton}}"']  # fmt: skip
+    # A process stays on CPUs of its own. What an interactive job has in this variable is not for another job.
+    return [*lines, *threads(cpus), *(["export SLURM_CPU_BIND=cores"] if cpus else [])]
+
+
 def code_path(code: Path | None) -> list[str]:
     """Of a batch script: Python finds the copy of the code, where there is one."""
     # Without the first the folder that the job is submitted from, often the tree itself, would come before the copy.
@@ -109,7 +126,7 @@ def parameters(cfg: Config, code: Path | None, points: Sequence[str] = ()) -> di
         "job_name": run.name, "nodes": asked.nodes, "ntasks_per_node": asked.tasks, "signal_delay_s": signal_lead(cfg),
         "partition": asked.partition, "account": asked.account, "qos": asked.qos, "constraint": asked.constraint,
         "gpus_per_node": asked.gpus_per_node or None, "cpus_per_task": asked.cpus_per_task, "stderr_to_stdout": True,
-        "setup": [*threads(asked.cpus_per_task), *setup], "additional_parameters": more | dict(asked.directives),
+        "setup": [*environment(asked.cpus_per_task), *setup], "additional_parameters": more | dict(asked.directives),
         # A task that failed ends the others; since 22.05 srun does not take over the CPUs of a task.
         "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else [])],
     }  # fmt: skip
@@ -153,7 +170,7 @@ def assemble(cfg: Config, lines: list[str], problems: list[str], *, queue: bool,
     here = cfg.slurm.executor == "local"
     told = {} if here else parameters(cfg, code, points) | ({"array_parallelism": parallel} if points else {})
     count = len(points) if len(points) > 1 else None  # submitit makes a plain job of an array of one
-    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(run / FOLDER))}"
+    command = f"{TASK_PYTHON} -u -m submitit.core._submit {shlex.quote(str(run / FOLDER))}"
     script = (
         local.script(cfg)
         if here
@@ -250,7 +267,7 @@ def executor(ready: Plan, **more: str) -> Any:
 
     (ready.run / FOLDER).mkdir(exist_ok=True, mode=0o700)
     (ready.run / FOLDER / "job.sh").write_text(ready.script)
-    found = submitit.SlurmExecutor(ready.run / FOLDER)
+    found = submitit.SlurmExecutor(ready.run / FOLDER, python=TASK_PYTHON)
     told = ready.parameters
     found.update_parameters(**told | {"additional_parameters": told["additional_parameters"] | more})
     return found

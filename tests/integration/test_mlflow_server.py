@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from pipeline import tracking
 from pipeline.runlog import LOG, RunLog
-from pipeline.tracking import MlflowSink, sync
+from pipeline.tracking import MlflowSink, sync, tag
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -95,9 +95,11 @@ def test_the_server_dies_in_the_middle_and_comes_back(
     server.start()
     assert sync(folder).sent == 80
     assert sync(folder).sent == 0
+    tag(folder, server.uri, {"slurm.restarts": "2"})
     client = MlflowClient(server.uri)
     (experiment,) = client.search_experiments(filter_string="name = 'test'")
     (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.tags["slurm.restarts"] == "2"
     for key in ("loss", "grad_norm"):
         steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, key))
         assert steps == Counter(range(1, 81)), key

@@ -72,6 +72,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What disturbances have cost the runs of test_jobs.py."""
+    reports = terminalreporter.getreports("passed")
+    rows = [value for report in reports for name, value in report.user_properties if name == "disturbed"]
+    if rows:
+        terminalreporter.section("disturbed runs, all equal to an undisturbed one")
+        form = "{:28}{:>12}{:>10}{:>18}{:>18}".format
+        terminalreporter.line(form("", "lost steps", "restarts", "recovery s (mean)", "recovery s (max)"))
+        for row in rows:
+            terminalreporter.line(form(*map(str, row)))
+
+
 def _takes(lock: socket.socket) -> bool:
     """Whether this run has the machine: an abstract name, unlike a file, is gone when its process is."""
     try:

@@ -16,11 +16,17 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.config import load_config
+from pipeline.order import batch_ids, sample_keys
+from slurm.job import SUMMARY, attempts
 from tests.slurm.cluster import Cluster, wait_for
 
 pytestmark = pytest.mark.timeout(600)
 
 STEPS, EARLY = 100, 25
+TIMES = ("time", "images_per_s", "data_wait")
+LONG = "train.epochs=40"  # for what takes a while: 800 steps
+SEED = 0  # of the ten disturbances
 SETTINGS = ["cifar10/mae", "data.loader=synthetic", "data.num_samples=320", "train.global_batch=16", "train.epochs=5",
             "data.threads=1", "checkpoint.every_steps=20", "guard.hang_s=20", "slurm.nodes=2", "slurm.tasks_per_node=2",
             "slurm.cpus_per_task=1", "slurm.mem=3G", "slurm.time=60", "slurm.environment={OMP_NUM_THREADS: '1'}"]  # fmt: skip
@@ -36,9 +42,9 @@ def patchmill(*words: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+def lines(run: Path, kind: str, name: str = "log.jsonl") -> list[dict[str, Any]]:
     found = []
-    for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []:
+    for line in (run / name).read_text().splitlines() if (run / name).exists() else []:
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -46,20 +52,58 @@ def lines(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in found if line["kind"] == kind]
 
 
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """The line of each step but its times; there is exactly one, and it has seen the samples that the order gives it."""
+    cfg, train = load_config([run / "config.yaml"]), lines(run, "train")
+    assert [line["step"] for line in train] == list(range(1, lines(run, "start")[0]["total_steps"] + 1))
+    for line in train:
+        epoch, ids = batch_ids(cfg.train.seed, line["step"] - 1, cfg.data.num_samples, cfg.train.global_batch)
+        keys = sample_keys(cfg.train.seed, epoch, ids)
+        assert (line["epoch"], line["samples"]) == (epoch, f"{int(keys.sum()) % 2**64:016x}")
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in train]
+
+
 def curve(run: Path) -> dict[int, tuple[float, float]]:
-    """(loss, gradient norm) of each step, of which there is exactly one line."""
-    train = lines(run, "train")
-    assert [line["step"] for line in train] == list(range(1, STEPS + 1))
-    return {line["step"]: (line["loss"], line["grad_norm"]) for line in train}
+    """(loss, gradient norm) of each step."""
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in log_of(run)}
+
+
+def recovery_s(run: Path, since: float) -> float:
+    """Seconds from a disturbance to the first training line after it, and after a new start if one followed, of a new step."""
+    train = sorted(lines(run, "train") + lines(run, "train", "log.discarded.jsonl"), key=lambda line: line["time"])
+    starts = [line["time"] for line in lines(run, "start") + lines(run, "resume")]
+    again = min((time for time in starts if time > since), default=since)
+    last = max((line["step"] for line in train if line["time"] <= again), default=0)
+    return next(line["time"] for line in train if line["time"] > again and line["step"] > last) - since
+
+
+def same(run: Path, undisturbed: Path, record: Callable[[str, object], None], name: str, *since: float) -> None:
+    """It computed what it would have, bit for bit, and MLflow has it as one run; a row of the table at the end."""
+    assert log_of(run) == log_of(undisturbed)
+    patchmill("status", str(run))
+    with sqlite3.connect(run.parent / "mlflow.db") as found:
+        assert found.execute("select status from runs").fetchall() == [("FINISHED",)]
+        points = found.execute("select step, value from metrics where key = 'loss' order by step").fetchall()
+        tags = dict(found.execute("select key, value from tags where key like 'slurm.%'").fetchall())
+    assert points == [(line["step"], line["loss"]) for line in lines(run, "train")]
+    seconds = [recovery_s(run, one) for one in since]
+    lost = len(lines(run, "train", "log.discarded.jsonl"))
+    assert int(tags["slurm.lost_steps"]) == lost and json.loads((run / SUMMARY).read_text())["lost_steps"] == lost
+    record(
+        "disturbed", (name, lost, tags["slurm.restarts"], f"{sum(seconds) / len(seconds):.0f}", f"{max(seconds):.0f}")
+    )
 
 
 def job_of(run: Path) -> str:
     return str(json.loads((run / "slurm" / "job.json").read_text())["job"])
 
 
+def events(run: Path, event: str) -> list[dict[str, Any]]:
+    return [line for line in attempts(run) if line["event"] == event]
+
+
 def ended(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "slurm" / "attempts.jsonl").read_text().splitlines()]
-    return [line for line in found if line["event"] == "end"]
+    return events(run, "end")
 
 
 def start(run: Path, *settings: str, engine: str = "engine/ddp") -> str:
@@ -106,11 +150,26 @@ def trainer(job: str, rank: int) -> psutil.Process:
     raise AssertionError(f"rank {rank} of job {job} is not there")
 
 
+def has_trainers(job: str) -> bool:
+    """Whether all its processes are there."""
+    with contextlib.suppress(AssertionError):
+        return all(trainer(job, rank) for rank in range(4))
+    return False
+
+
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("jobs") / "undisturbed"
     start(run)
     finish(cluster, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def long(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("long") / "undisturbed"
+    start(run, LONG)
+    finish(cluster, run, timeout=400)
     return run
 
 
@@ -185,21 +244,29 @@ def kill_slurmd(cluster: Cluster, _: str) -> None:
     cluster.start_slurmd("n2")
 
 
-def disturbed(disturb: Disturb, cluster: Cluster, run: Path) -> Path:
-    """A run that was disturbed in the middle, and has ended."""
-    job = start(run)
+def preempt(cluster: Cluster, _: str) -> None:
+    cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "--wrap", "sleep 5", "-o", "/dev/null")
+
+
+def disturbed(disturb: Disturb, cluster: Cluster, run: Path) -> float:
+    """Trains a run that is disturbed in the middle; when that was."""
+    job = start(run, *(["slurm.partition=low", "slurm.directives={exclusive: true}"] if disturb is preempt else []))
     trains(run)
+    since = time.time()
     disturb(cluster, job)
-    finish(cluster, run, timeout=400)
-    return run
+    with cluster.releasing():
+        patchmill("status", str(run))  # it sends what there is, also of steps that will be computed again
+        finish(cluster, run, timeout=400)
+    return since
 
 
-SIGNALLED = {usr2: "stopped by SIGUSR2", requeue: "requeued by Slurm"}
+SIGNALLED = {usr2: "stopped by SIGUSR2", requeue: "requeued by Slurm", preempt: ""}
 CRASHED = {
     kill_a_rank: "rank 2 on n2 was killed by SIGKILL",
     kill_a_supervisor: "",
     stop_a_rank: "rank 2 on n2 does not answer",
 }
+HOSTS = {crash_a_node: "", kill_slurmd: "", cut_a_link: ""}
 
 
 def slow(some: dict[Disturb, str], *quick: Disturb) -> Iterator[Any]:
@@ -208,37 +275,30 @@ def slow(some: dict[Disturb, str], *quick: Disturb) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("disturb", "reason"), [*slow(SIGNALLED, usr2, requeue)])
-def test_a_run_that_is_asked_to_stop_loses_no_step(disturb, reason, cluster, undisturbed, tmp_path) -> None:
-    run = disturbed(disturb, cluster, tmp_path / "run")
-    assert curve(run) == curve(undisturbed) and not (run / "log.discarded.jsonl").exists()
+def test_a_run_that_is_asked_to_stop_loses_no_step(disturb, reason, cluster, undisturbed, tmp_path, record_property):
+    run = tmp_path / "run"
+    same(run, undisturbed, record_property, disturb.__name__, disturbed(disturb, cluster, run))
+    assert not (run / "log.discarded.jsonl").exists()
     first, last = ended(run)
     assert reason in first["reason"] and not first["crash"] and last["reason"] == "done"
 
 
 @pytest.mark.parametrize(("disturb", "reason"), [*slow(CRASHED, kill_a_rank)])
-def test_a_run_that_crashes_goes_on_from_its_checkpoint(disturb, reason, cluster, undisturbed, tmp_path) -> None:
-    run = disturbed(disturb, cluster, tmp_path / "run")
-    assert curve(run) == curve(undisturbed)
+def test_a_run_that_crashes_goes_on_from_its_checkpoint(
+    disturb, reason, cluster, undisturbed, tmp_path, record_property
+):
+    run = tmp_path / "run"
+    same(run, undisturbed, record_property, disturb.__name__, disturbed(disturb, cluster, run))
     first, last = ended(run)
     assert reason in first["reason"] and first["crash"] and last["reason"] == "done"
     assert [line["step"] for line in lines(run, "resume")] == [first["step"]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("disturb", [crash_a_node, kill_slurmd, cut_a_link])
-def test_a_host_that_fails_costs_no_more_than_a_crash(disturb, cluster, undisturbed, tmp_path) -> None:
-    run = disturbed(disturb, cluster, tmp_path / "run")
-    assert curve(run) == curve(undisturbed)
-
-
-@pytest.mark.slow
-def test_a_preempted_run_comes_back(cluster, undisturbed, tmp_path) -> None:
+@pytest.mark.parametrize(("disturb", "_"), [*slow(HOSTS, crash_a_node)])
+def test_a_host_that_fails_costs_no_more_than_a_crash(disturb, _, cluster, undisturbed, tmp_path, record_property):
     run = tmp_path / "run"
-    start(run, "slurm.partition=low", "slurm.directives={exclusive: true}")
-    trains(run)
-    cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "--wrap", "sleep 5", "-o", "/dev/null")
-    finish(cluster, run)
-    assert curve(run) == curve(undisturbed) and len(ended(run)) == 2
+    same(run, undisturbed, record_property, disturb.__name__, disturbed(disturb, cluster, run))
+    assert len(events(run, "begin")) == (1 if disturb is kill_slurmd else 2)
 
 
 @pytest.mark.slow
@@ -257,35 +317,41 @@ def test_a_run_without_progress_is_given_up(cluster, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_time_limit_costs_no_step(cluster, tmp_path) -> None:
+@pytest.mark.timeout(600, func_only=True)
+def test_a_time_limit_costs_no_step(cluster, long, tmp_path, record_property) -> None:
     run = tmp_path / "run"
-    start(run, "train.epochs=90", "slurm.time=2", "slurm.signal_lead_s=60")
+    start(run, LONG, "slurm.time=2", "slurm.signal_lead_s=60")
     finish(cluster, run, timeout=500)
-    steps = [line["step"] for line in lines(run, "train")]
-    assert steps == list(range(1, len(steps) + 1)) and not (run / "log.discarded.jsonl").exists()
+    told = [line["time"] for line in lines(run, "stop")][:-1]  # a step and a save later
+    same(run, long, record_property, "time limit", *told)
+    assert not (run / "log.discarded.jsonl").exists()
     reasons = [line["reason"] for line in ended(run)]
     assert len(reasons) > 1 and set(reasons[:-1]) == {"stopped by SIGUSR2"}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_ten_disturbances_at_random_change_no_bit(cluster, undisturbed, tmp_path) -> None:
-    run, chance = tmp_path / "run", random.Random(0)
-    job = start(run, "checkpoint.every_steps=5", "slurm.max_crashes=20")
+@pytest.mark.timeout(600, func_only=True)
+def test_ten_disturbances_at_random_change_no_bit(cluster, long, tmp_path, record_property) -> None:
+    """Half of them while it trains, half from the start of its processes on; in ten minutes."""
+    run, chance, since = tmp_path / "run", random.Random(SEED), []
+    job = start(run, LONG, "checkpoint.every_steps=10", "slurm.max_crashes=20")
     with cluster.releasing():
         for number in range(10):
-            begun = len(lines(run, "start") + lines(run, "resume"))
-            wait_for(f"a start after {number}", 150, lambda begun=begun: len(trained_since(run)) > 0 or done(run))
-            if done(run):
-                break
+            anywhere = chance.random() < 0.5
+            some = [usr2, requeue, kill_a_rank, kill_a_supervisor, crash_a_node]
+            disturb = chance.choice(some if anywhere else [*some, stop_a_rank])  # a hang is seen once it trains
+            if anywhere:
+                wait_for(f"processes after {number}", 150, lambda: has_trainers(job))
+            else:
+                wait_for(f"training after {number}", 150, lambda: len(trained_since(run)) > 0)
             time.sleep(chance.uniform(0, 2))
-            with contextlib.suppress(AssertionError, subprocess.CalledProcessError):  # it has just ended by itself
-                chance.choice([usr2, requeue, kill_a_rank, kill_a_supervisor])(cluster, job)
-            wait_for(
-                "its end", 150, lambda begun=begun: len(lines(run, "start") + lines(run, "resume")) > begun or done(run)
-            )
+            since.append(time.time())
+            begun = len(events(run, "begin"))
+            disturb(cluster, job)
+            wait_for(f"what {disturb.__name__} does", 150, lambda begun=begun: len(events(run, "begin")) > begun)
     finish(cluster, run, timeout=300)
-    assert curve(run) == curve(undisturbed) and number >= 3
+    assert len(since) == 10 and len(events(run, "begin")) >= 11
+    same(run, long, record_property, f"ten at random, seed {SEED}", *since)
 
 
 def test_cancel_saves_and_the_next_submit_goes_on(cluster, undisturbed, tmp_path) -> None:
@@ -299,6 +365,17 @@ def test_cancel_saves_and_the_next_submit_goes_on(cluster, undisturbed, tmp_path
     finish(cluster, run)
     assert curve(run) == curve(undisturbed) and not (run / "log.discarded.jsonl").exists()
     assert f"done at step {STEPS}" in patchmill("logs", str(run))
+
+
+@pytest.mark.slow
+def test_scancel_is_taken_at_its_word(cluster, tmp_path) -> None:
+    """Slurm itself would let the job come back: the verdict runs while it is being cancelled."""
+    job = start(run := tmp_path / "run")
+    trains(run)
+    cluster.run("scancel", job)
+    wait_for("the verdict", 60, lambda: ended(run))
+    cluster.wait_for_job(job, "CANCELLED")
+    assert ended(run)[-1]["reason"].startswith("cancelled by scancel") and not ended(run)[-1]["requeue"]
 
 
 def test_a_set_up_that_fails_is_said(cluster, tmp_path) -> None:

@@ -14,6 +14,7 @@ from data_prep.scan import scan
 from data_prep.write import write
 from pipeline.config import Config, ConfigError, RunFailed, UserError, load_config
 from slurm import chain, status, submit
+from slurm.account import Account
 from tests.image_files import encoded, pixels, put
 
 
@@ -249,7 +250,7 @@ def test_of_a_chain_that_slurm_takes_in_part_nothing_is_left(cfg, slurm, monkeyp
 
 
 def look(run: Path, state: str, reason: str = "", why: str = "") -> status.Status:
-    return status.Status(run, "2", state, reason, 0, None, None, None, None, 0, 0, None, why, [])
+    return status.Status(run, "2", state, reason, 0, None, None, None, None, Account(0, {}, 0, None), why, [])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config
-from slurm import job
+from slurm import account, job
 from slurm.job import Verdict, append, attempts, end, idle_crashes, judge, newest_step, supervise
 
 
@@ -21,6 +21,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A submitted run whose job 7 was requeued once."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(job, "was_cancelled", lambda _: False)
     (tmp_path / "slurm" / "exits").mkdir(parents=True)
     settings = ["data.loader=synthetic", "data.num_samples=64", f"run.dir={tmp_path}", "slurm.max_crashes=3"]
     (tmp_path / job.CONFIG).write_text(load_config(["cifar10/mae"], settings).to_yaml())
@@ -143,6 +144,21 @@ def test_slurm_is_asked_and_its_answer_kept(run: Path, monkeypatch, capsys, answ
     assert reason in capsys.readouterr().err
 
 
+def test_a_job_that_somebody_ended_does_not_come_back(run: Path, monkeypatch) -> None:
+    begin(run)
+    exits(run, 75)
+    why(run, reason="stopped by SIGTERM")
+    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(job, "was_cancelled", "7".__eq__)
+    assert end(run) == 75
+    last = attempts(run)[-1]
+    assert (last["reason"], last["requeue"], last["crash"]) == (
+        "cancelled by scancel; stopped by SIGTERM",
+        False,
+        False,
+    )
+
+
 def test_a_done_run_asks_slurm_for_nothing(run: Path, monkeypatch) -> None:
     monkeypatch.setattr(subprocess, "run", None)
     begin(run)
@@ -158,10 +174,22 @@ def test_a_disk_that_is_full_does_not_keep_a_job_from_coming_back(run: Path, mon
     (run / job.ATTEMPTS).symlink_to("/dev/full")
     answered = subprocess.CompletedProcess([], 0, "", "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: answered)
-    monkeypatch.setattr(
-        job, "attempts", lambda run: [json.loads(line) for line in (run / "kept").read_text().splitlines()]
-    )
+    kept = [json.loads(line) for line in (run / "kept").read_text().splitlines()]
+    for module in (job, account):
+        monkeypatch.setattr(module, "attempts", lambda run: kept)
     assert end(run) == 0 and "No space left on device" in capsys.readouterr().err
+
+
+def test_what_the_run_has_cost_is_in_its_folder_after_every_end(run: Path, monkeypatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "", ""))
+    for restarts in range(2):
+        begin(run)
+        exits(run, 75)
+        why(run)
+        end(run)
+        told = json.loads((run / job.SUMMARY).read_text())
+        assert told == {"restarts": restarts, "reasons": {"stopped by SIGUSR2": 1} if restarts else {}, "lost_steps": 0,
+                        "goodput": None}  # fmt: skip
 
 
 def test_a_crash_that_cannot_be_counted_does_not_come_back(run: Path, monkeypatch) -> None:
@@ -183,13 +211,16 @@ def test_lines_that_are_none_are_left_out(run: Path) -> None:
 
 
 TRAINER = """
-import os, pathlib, signal, sys, time
-heard = []
-for number in (signal.SIGUSR2, signal.SIGTERM):
-    signal.signal(number, lambda n, _: heard.append(n))
-pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
-while not heard: time.sleep(0.02)
-pathlib.Path(sys.argv[1]).write_text(signal.Signals(heard[0]).name)
+import os, pathlib, sys, time
+from pipeline.stop import StopRequest
+told = pathlib.Path(sys.argv[1])
+if "slow" in told.name:
+    told.write_text(str(os.getpid()))
+    time.sleep(1)
+with StopRequest() as stop:
+    told.write_text(str(os.getpid()))
+    while not stop.requested: time.sleep(0.02)
+told.write_text(stop.requested)
 sys.exit(75)
 """
 SUPERVISOR = """
@@ -203,8 +234,8 @@ job.supervise(sys.argv[2])
 """
 
 
-def started(run: Path, sleep: str = "time.sleep") -> tuple["subprocess.Popen[bytes]", Path]:
-    told = run / "told"
+def started(run: Path, sleep: str = "time.sleep", name: str = "told") -> tuple["subprocess.Popen[bytes]", Path]:
+    told = run / name
     command = [sys.executable, "-c", SUPERVISOR.format(sleep=sleep), TRAINER, str(run), str(told)]
     process = subprocess.Popen(command)
     deadline = time.monotonic() + 60
@@ -222,6 +253,13 @@ def test_a_signal_reaches_the_trainer_and_its_exit_is_kept(run: Path, number: si
     record = json.loads((run / job.EXITS / "7-1-0.json").read_text())
     assert record["code"] == 75 and record["rank"] == 0
     assert attempts(run)[-1]["event"] == "begin"
+
+
+def test_a_signal_waits_for_a_trainer_that_cannot_take_it_yet(run: Path) -> None:
+    process, told = started(run, name="slow")
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(30) == 0 and told.read_text() == "SIGUSR2"
+    assert json.loads((run / job.EXITS / "7-1-0.json").read_text())["code"] == 75
 
 
 def test_a_signal_is_not_late_when_the_main_thread_is_in_a_long_call(run: Path) -> None:

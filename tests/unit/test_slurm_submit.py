@@ -1,10 +1,12 @@
 """What is known before a run is queued, its batch script, and what status reads; without Slurm."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,41 @@ def test_a_script_says_what_was_asked(cfg, tmp_path: Path) -> None:
     subprocess.run(["bash", "-n"], input=ready.script.encode(), check=True)
     assert not (tmp_path / "a run").exists(), "a plan leaves nothing"
     assert "slurm: not asked, sbatch is not on this host" in ready.lines
+
+
+def _environment(script: str, **given: str) -> dict[str, str]:
+    """What the tasks of a script find set."""
+    lines = script.splitlines()
+    setup = [line for line in lines[: lines.index("# command")] if not line.startswith(("trap ", "rm "))]
+    found = subprocess.run(["bash", "-c", "\n".join([*setup, "env -0"])], env={"PATH": "/usr/bin:/bin"} | given,
+                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    return dict(line.split("=", 1) for line in found.split("\0") if line)
+
+
+def test_the_environment_is_ours_unless_it_is_the_users(cfg) -> None:
+    job = ("slurm.cpus_per_task=4", "slurm.gpus_per_node=2", "slurm.tasks_per_node=1")
+    script = plan(cfg(*job), queue=False).script
+    cache = f"/local/patchmill-{os.getuid()}"
+    ours = {"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "4", "SLURM_CPU_BIND": "cores", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+            "TRITON_CACHE_DIR": f"{cache}/triton"}  # fmt: skip
+    # An interactive job's binding comes along with what is submitted from it, and is for CPUs of another job.
+    assert ours.items() <= _environment(script, TMPDIR="/local", SLURM_CPU_BIND="quiet,mask_cpu:0x1").items()
+    assert _environment(script, TMPDIR="/t", SLURM_TMPDIR="/job")["TRITON_CACHE_DIR"].startswith("/job/patchmill-")
+    assert _environment(script)["TRITON_CACHE_DIR"].startswith("/tmp/patchmill-")
+    his = {name: "his own" for name in ours}
+    assert (his | {"SLURM_CPU_BIND": "cores"}).items() <= _environment(script, **his).items()
+    script = plan(cfg(*job, f"slurm.environment={json.dumps(his)}"), queue=False).script
+    assert his.items() <= _environment(script, **dict.fromkeys(ours, "another's")).items()
+    # One CPU a task is Slurm's default and no wish: on nodes of its own a job's processes have all CPUs.
+    assert not {"OMP_NUM_THREADS", "SLURM_CPU_BIND"} & _environment(plan(cfg(), queue=False).script).keys()
+
+
+def test_a_signal_before_python_runs_ends_no_task(cfg) -> None:
+    run = next(line for line in plan(cfg(), queue=False).script.splitlines() if line.startswith("srun "))
+    start = run[run.index("sh -c ") : run.index(" -u -m ")]
+    code = "import os, signal, sys; os.kill(os.getpid(), signal.SIGUSR2); print(sys.argv[1:])"
+    said = subprocess.run(["bash", "-c", f"{start} -c '{code}' 'a b' c"], capture_output=True, text=True, check=True)
+    assert said.stdout == "['a b', 'c']\n"
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (CONFIG_DIR / "slurm").glob("*.yaml")])
@@ -252,6 +289,49 @@ def test_slurms_word_is_squeues_and_then_sacct_s(monkeypatch) -> None:
         assert slurm_state("7") == ("UNKNOWN", "")
 
 
+def test_a_followed_log_ends_with_the_job_and_not_with_slurms_silence(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "job.json").write_text('{"job": "7"}')
+    log = tmp_path / "slurm" / "7_0_log.out"
+    log.write_text("one\n")
+
+    def states() -> Iterator[tuple[str, str]]:
+        yield from [("RUNNING", ""), ("UNKNOWN", ""), ("UNKNOWN", ""), ("RUNNING", ""), ("UNKNOWN", "")]
+        with log.open("a") as file:
+            file.write("two\n")
+        yield last
+
+    monkeypatch.setattr(status.time, "sleep", lambda seconds: None)
+    silence = "patchmill: Slurm does not say how job 7 is; waiting for what it writes (Ctrl-C ends that)"
+    done, unknown = ("COMPLETED", ""), ("UNKNOWN", "")
+    for last, attempt, requeue in ((done, "8-0", False), (done, "7-0", True), (unknown, "7-1", False)):
+        asked = states()
+        log.write_text("one\n")
+        monkeypatch.setattr(status, "slurm_state", lambda job, asked=asked: next(asked))
+        line = {"time": 1, "attempt": attempt, "event": "end", "requeue": requeue}
+        (tmp_path / "slurm" / "attempts.jsonl").write_text(json.dumps(line))
+        if last[0] == "UNKNOWN":  # no accounting, and squeue has forgotten it
+            asked = iter([("UNKNOWN", "")])
+            assert list(status.follow(tmp_path, 0, forever=True)) == ["one", silence]
+        else:
+            assert list(status.follow(tmp_path, 0, forever=True)) == ["one", silence, silence, "two"]
+            assert next(asked, None) is None
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "cancelled"),
+    [(["RUNNING"], [], False), (["COMPLETING"], ["CANCELLED by 0"], True), (["COMPLETING"], ["TIMEOUT"], False),
+     (["COMPLETING"], ["REQUEUED"], False), (["COMPLETING"] * 3, ["RUNNING", "", "CANCELLED by 0"], False),
+     (["COMPLETING"] * 3, ["RUNNING", "PENDING", "CANCELLED by 1000"], True), (["COMPLETING", "RUNNING"], ["PENDING"], False),
+     (["COMPLETING"] * 10, ["RUNNING"] * 10, False)],
+)  # fmt: skip
+def test_somebody_has_ended_a_job_when_the_accounting_says_so(squeue, sacct, cancelled, monkeypatch) -> None:
+    answers = {"squeue": iter(squeue), "sacct": iter(sacct)}
+    monkeypatch.setattr(queue, "ask", lambda name, *_: (0, next(answers[name]) + "\n"))
+    monkeypatch.setattr(queue.time, "sleep", lambda seconds: None)
+    assert queue.was_cancelled("7") is cancelled
+
+
 def test_status_is_what_the_log_and_slurm_say(tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "runs" / "one"
     (run / "slurm" / "exits").mkdir(parents=True)
@@ -278,8 +358,14 @@ def test_status_is_what_the_log_and_slurm_say(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(status, "slurm_state", lambda job: ("RUNNING", ""))
     assert status.find_runs([tmp_path / "runs"]) == [run] == status.find_runs([run])
     found = status.look(run)
-    assert (found.step, found.total, found.restarts, found.lost_steps, found.images_per_s) == (40, 100, 1, 1, 8.0)
-    assert found.eta_s == pytest.approx(120, rel=0.01) and found.goodput == pytest.approx(80 / 88, rel=0.02)
+    assert (found.step, found.total, found.cost.restarts, found.cost.lost_steps, found.images_per_s) == (
+        40,
+        100,
+        1,
+        1,
+        8.0,
+    )
+    assert found.eta_s == pytest.approx(120, rel=0.01) and found.cost.goodput == pytest.approx(80 / 88, rel=0.02)
     assert found.why == "rank 1 was killed" and found.tail == ["rank 1: one", "rank 1: two"]
     monkeypatch.setattr(status, "slurm_state", lambda job: ("FAILED", ""))
     found = status.look(run)

@@ -10,6 +10,7 @@ from pipeline.engine import StepReport
 from pipeline.guard import NonFinite, NonFiniteGuard
 from pipeline.heldout import HeldOut
 from pipeline.launch import Portion, World
+from pipeline.order import sample_keys
 from pipeline.steps import Silent, StepBuffer, update
 
 
@@ -48,12 +49,30 @@ def test_mlflow_never_hears_of_steps_that_will_be_rolled_back():
     buffer = StepBuffer(8, ["a", "b"], log, sink, NonFiniteGuard(2), World())
     for step, skipped in enumerate([0, 0, 1, 1, 0], 1):
         report = {"loss": 1.0, "skipped": skipped, "culprit": 1 if skipped else -1}
-        buffer.add(step, 0, 1e-3, {name: torch.tensor(float(value)) for name, value in report.items()}, 0.0)
+        buffer.add(step, 0, 1e-3, {name: torch.tensor(float(value)) for name, value in report.items()}, 0.0,
+                   torch.tensor([step]))  # fmt: skip
     with pytest.raises(NonFinite, match="3 to 4"):
         buffer.flush()
     assert told == [1, 2] and buffer.culprit == "b"
     assert [step for kind, step in written if kind == "train"] == [1, 2, 3, 4, 5]
     assert [step for kind, step in written if kind == "skip"] == [3, 4]
+
+
+def test_a_line_says_which_samples_all_ranks_have_seen():
+    keys, lines = torch.from_numpy(sample_keys(3, 2, np.arange(8))), []
+    log = SimpleNamespace(write=lambda kind, **fields: lines.append(fields["samples"]) or fields)
+    scalars = {name: torch.tensor(value) for name, value in {"loss": 1.0, "skipped": 0.0, "culprit": -1.0}.items()}
+    # Rank 1's half of the batch; a run of one rank in another order; and a second interval with other samples.
+    both = SimpleNamespace(size=2, gather=lambda mine: [mine, (mine[0], [int(keys[4:].sum())] * len(mine[1]))])
+    for world, part in ((both, keys[:4]), (World(), keys.flip(0))):
+        buffer = StepBuffer(8, [], log, Silent(), NonFiniteGuard(2), world)
+        for more in (0, 1):
+            for step in (1, 2):
+                buffer.add(step, 2, 1e-3, scalars, 0.0, part + more * step)
+            buffer.flush()
+            buffer.flush()
+    of = lambda *sums: [f"{(int(keys.sum()) + one) % 2**64:016x}" for one in sums]  # noqa: E731
+    assert lines == [*of(0, 0, 4, 8), *of(0, 0, 8, 16)]
 
 
 def test_the_held_out_loss_is_the_mean_over_ranks_and_of_one_batch_at_least(tiny_config):
