@@ -335,7 +335,7 @@ def test_the_training_takes_the_chain_s_options_besides_its_own(cfg, tmp_path: P
     told: dict[str, Any] = {}
 
     class Executor:
-        def __init__(self, folder: Path) -> None: ...
+        def __init__(self, folder: Path, python: str) -> None: ...
 
         def update_parameters(self, **parameters: Any) -> None:
             told.update(parameters)
