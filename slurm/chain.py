@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,9 +296,11 @@ def cancel_all(runs: list[Path], patience_s: float) -> Iterator[str]:
         :1
     ]  # of none, what `cancel` says
     waiting = [run for run in live if set(states[run]) & set(LIVE) == {"PENDING"}]
-    yield from (cancel(run, patience_s) for run in waiting)
-    with ThreadPoolExecutor(8) as pool:  # all of them save at the same time
-        yield from pool.map(lambda run: cancel(run, patience_s), [run for run in live if run not in waiting])
+    with ThreadPoolExecutor(8) as pool:  # all that run save at the same time, and one that is not taken keeps no other
+        ends = [pool.submit(cancel, run, patience_s) for run in waiting]
+        wait(ends)
+        ends += [pool.submit(cancel, run, patience_s) for run in live if run not in waiting]
+        yield from (end.result() for end in ends)
 
 
 def _end(run: Path, name: str, job: str) -> str:

@@ -85,7 +85,8 @@ def test_of_six_points_the_one_that_diverges_fails_alone(cluster: Cluster, tmp_p
 @pytest.mark.slow
 def test_elements_come_back_alone_and_are_cancelled_together(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "lr"
-    array = sweep(folder, "grid: {optim.base_lr: [1e-3, 2e-3, 4e-3, 8e-3]}\nparallel: 2", "train.epochs=60")
+    space = "grid: {optim.base_lr: [1e-3, 2e-3, 4e-3]}"
+    array = sweep(folder, space, "train.epochs=120", "slurm.max_crashes=3")
     for name in ("000", "001"):
         trains(folder / name)
     cluster.run("scancel", "--signal=USR2", f"{array}_0.0")

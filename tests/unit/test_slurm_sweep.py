@@ -302,12 +302,15 @@ def test_status_and_logs_know_a_point(call: Any, folder: Path, monkeypatch: Any)
     (point / "slurm" / "attempts.jsonl").write_text(json.dumps(begun) + "\n")
     (folder / "slurm").mkdir(exist_ok=True)
     (folder / "slurm" / "101_1_0_log.out").write_text("what went wrong\n")
+    last = {"kind": "train", "time": 1, "step": 1, "loss": "NaN", "images_per_s": 1.0}
+    (point / "log.jsonl").write_text(json.dumps(last) + "\n")
     monkeypatch.setattr(status, "slurm_state", lambda job: ("FAILED", ""))
     assert status.look(point).tail == ["rank 0: what went wrong"]
     assert list(status.follow(point, 0, forever=False)) == ["what went wrong"]
     table = status.table([status.look(run) for run in status.find_runs([folder])])
     columns = {column.header: list(column.cells) for column in table.columns}
     assert columns["run"] == ["lr/000", "lr/001", "lr/002"] and columns["settings"][1] == "base_lr=0.002"
+    assert columns["loss"][1] == "nan"
     with pytest.raises(UserError, match="holds 3 runs; name one, such as .*000"):
         logs(folder)
 
