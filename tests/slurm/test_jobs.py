@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(600)
 STEPS, EARLY = 100, 25
 TIMES = ("time", "images_per_s", "data_wait")
 LONG = "train.epochs=40"  # for what takes a while: 800 steps
-SEED = 0  # of the ten disturbances
+SEED = 22  # of the ten disturbances: each kind comes, and five come before it trains
 SETTINGS = ["cifar10/mae", "data.loader=synthetic", "data.num_samples=320", "train.global_batch=16", "train.epochs=5",
             "data.threads=1", "checkpoint.every_steps=20", "guard.hang_s=20", "slurm.nodes=2", "slurm.tasks_per_node=2",
             "slurm.cpus_per_task=1", "slurm.mem=3G", "slurm.time=60", "slurm.environment={OMP_NUM_THREADS: '1'}"]  # fmt: skip
@@ -344,7 +344,7 @@ def test_ten_disturbances_at_random_change_no_bit(cluster, long, tmp_path, recor
                 wait_for(f"processes after {number}", 150, lambda: has_trainers(job))
             else:
                 wait_for(f"training after {number}", 150, lambda: len(trained_since(run)) > 0)
-            time.sleep(chance.uniform(0, 2))
+            time.sleep(chance.uniform(0, 2 if anywhere else 6))
             since.append(time.time())
             begun = len(events(run, "begin"))
             disturb(cluster, job)
