@@ -121,8 +121,8 @@ def done(run: Path) -> bool:
 
 
 def trained_since(run: Path) -> list[dict[str, Any]]:
-    """Training lines since the newest start."""
-    since = max((line["time"] for line in lines(run, "start") + lines(run, "resume")), default=float("inf"))
+    """Training lines since the newest start of the job."""
+    since = max((line["time"] for line in events(run, "begin")), default=float("inf"))
     return [line for line in lines(run, "train") if line["time"] > since]
 
 
