@@ -15,7 +15,8 @@ OUTSIDE: Final = "ended from outside: its host failed, or Slurm ended it"
 
 @dataclass(frozen=True)
 class Account:
-    """``reasons``: of each end that a start followed, how often. ``lost_steps``: that were computed again.
+    """``reasons``: of each end that a start followed, how often. ``lost_steps``: that were computed again, of those
+    that had come to the log (``log.every_steps``).
 
     ``goodput``: seconds of steps that stayed over those since the first start; None before there are two steps.
     """

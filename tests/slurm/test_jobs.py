@@ -28,8 +28,9 @@ TIMES = ("time", "images_per_s", "data_wait")
 LONG = "train.epochs=40"  # for what takes a while: 800 steps
 SEED = 22  # of the ten disturbances: each kind comes, and five come before it trains
 SETTINGS = ["cifar10/mae", "data.loader=synthetic", "data.num_samples=320", "train.global_batch=16", "train.epochs=5",
-            "data.threads=1", "checkpoint.every_steps=20", "guard.hang_s=20", "slurm.nodes=2", "slurm.tasks_per_node=2",
-            "slurm.cpus_per_task=1", "slurm.mem=3G", "slurm.time=60", "slurm.environment={OMP_NUM_THREADS: '1'}"]  # fmt: skip
+            "data.threads=1", "log.every_steps=1", "checkpoint.every_steps=20", "guard.hang_s=20",
+            "slurm.nodes=2", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1", "slurm.mem=3G", "slurm.time=60",
+            "slurm.environment={OMP_NUM_THREADS: '1'}"]  # fmt: skip
 
 
 def patchmill(*words: str, code: int = 0) -> str:
@@ -379,8 +380,7 @@ def test_scancel_is_taken_at_its_word(cluster, tmp_path) -> None:
 
 
 def test_a_set_up_that_fails_is_said(cluster, tmp_path) -> None:
-    run = tmp_path / "run"
-    start(run, "slurm.setup=[exit 3]", "slurm.max_crashes=1")
+    start(run := tmp_path / "run", "slurm.setup=[exit 3]", "slurm.max_crashes=1")
     wait_for("the verdict", 60, lambda: (run / "slurm" / "attempts.jsonl").exists() and ended(run))
     assert "before training began: slurm.setup failed" in patchmill("status", str(run))
 
