@@ -113,11 +113,12 @@ def commands(cfg: Config) -> list[str]:
 def parameters(cfg: Config, code: Path | None, points: Sequence[str] = ()) -> dict[str, Any]:
     """What submitit is told of the job, or of an array of jobs for the runs ``points`` in the folder."""
     asked, run = cfg.slurm, Path(cfg.run.dir).resolve()
-    verdict = shlex.join([sys.executable, "-m", "slurm.job", str(run), *points])
+    verdict = f"trap '' INT TERM USR2; {shlex.join([sys.executable, '-m', 'slurm.job', str(run), *points])}; exit $?"
     number = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     setup = [*code_path(code),
-             # Whatever ends the job: its tasks, what is set up for them, or a signal to this script.
-             f"trap {shlex.quote(f'{verdict}; exit $?')} EXIT",
+             # Whatever ends the job: its tasks, what is set up for them, or a signal to this script. The requeue that the
+             # verdict asks for ends the job and all its processes: the verdict must still write what it was.
+             f"trap {shlex.quote(verdict)} EXIT",
              # submitit refuses to write a result where a killed process left half of one.
              f"rm -f {shlex.quote(str(run / FOLDER))}/{number}_*.save_tmp",
              *commands(cfg)]  # fmt: skip

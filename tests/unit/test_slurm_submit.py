@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,10 @@ def test_a_script_says_what_was_asked(cfg, tmp_path: Path) -> None:
         ["bash", "-c", f"{trap.replace(sys.executable, 'echo')}\nexit 3"], capture_output=True, text=True
     )
     assert (ended.returncode, ended.stdout) == (0, f"-m slurm.job {tmp_path}/a run\n"), "the verdict's exit code counts"
+    signals = "sh -c 'for s in INT TERM USR2; do kill -$s $PPID $$; done; echo told'"
+    script = trap.replace(f"{sys.executable} -m", shlex.quote(f"{signals} -m")[1:-1])
+    ended = subprocess.run(["bash", "-c", f"{script}\nexit 3"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "told\n"), "what ends the job does not end the verdict"
     subprocess.run(["bash", "-n"], input=ready.script.encode(), check=True)
     assert not (tmp_path / "a run").exists(), "a plan leaves nothing"
     assert "slurm: not asked, sbatch is not on this host" in ready.lines
