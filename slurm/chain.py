@@ -17,11 +17,11 @@ from data_prep.manifest import load_header
 from data_prep.verify import check_seal, load_seal
 from pipeline.chain_settings import StageConfig
 from pipeline.config import Config, ConfigError, RunFailed, UserError, load_config
-from slurm import status
+from slurm import local, status
 from slurm.account import read_lines
-from slurm.checks import KEPT, mlflow_uri, seconds, several_jobs
+from slurm.checks import KEPT, mlflow_uri, seconds, tracking_waits
 from slurm.job import CANCELLED, CONFIG, read_json
-from slurm.queue import LIVE, ask, slurm_state
+from slurm.queue import LIVE, LOCAL, ask, slurm_state
 from slurm.submit import (
     FOLDER,
     JOB,
@@ -133,7 +133,6 @@ def _require_packable(pack: Pack, train: str | None) -> None:
 
 def _problems(cfg: Config) -> Iterator[str]:
     """What the settings of the chain have wrong."""
-    yield from several_jobs(cfg)
     if cfg.chain.evals and cfg.data.loader != "synthetic" and cfg.data.val is None:
         yield "data.val: is required and not set: chain.evals tests on its images; or set chain.evals=[]"
     if "dependency" in cfg.slurm.directives:
@@ -146,8 +145,10 @@ def _problems(cfg: Config) -> Iterator[str]:
                 yield f"chain.{name}.directives.{key}: is the job's own and cannot be set"
 
 
-def _patchmill(*words: object) -> str:
-    return shlex.join([sys.executable, "-m", "pipeline", *map(str, words)])
+def _patchmill(cfg: Config, *words: object) -> str:
+    here = f"{shlex.join([sys.executable, '-m', 'slurm.local', 'bound'])} $$"
+    start = here if cfg.slurm.executor == "local" else shlex.join([sys.executable, "-m", "pipeline"])
+    return f"{start} {shlex.join(map(str, words))}"
 
 
 def _prep(cfg: Config, packs: list[Pack]) -> str:
@@ -155,10 +156,10 @@ def _prep(cfg: Config, packs: list[Pack]) -> str:
     parts, workers = [], ("--workers", cfg.chain.prep.cpus_per_task)
     for pack in packs:
         index = () if pack.which == "train" else ("--against", Path(str(cfg.data.train)).with_suffix(".jsonl"))
-        scan = _patchmill("prep", "scan", pack.images, pack.manifest, *workers, *index)
+        scan = _patchmill(cfg, "prep", "scan", pack.images, pack.manifest, *workers, *index)
         parts += [f"{{ test -e {shlex.quote(str(pack.manifest))} || {scan}; }}",  # it would begin anew
-                  _patchmill("prep", "write", pack.manifest, pack.beton, *workers),
-                  _patchmill("prep", "verify", pack.beton, *workers)]  # fmt: skip
+                  _patchmill(cfg, "prep", "write", pack.manifest, pack.beton, *workers),
+                  _patchmill(cfg, "prep", "verify", pack.beton, *workers)]  # fmt: skip
     return " &&\n".join(parts)
 
 
@@ -166,9 +167,9 @@ def _eval(cfg: Config, run: Path, name: str) -> str:
     """The commands that probe; their result is a line of the run's log, which `status` sends on where no server takes it."""
     why = shlex.quote(str(run / "why_stopped.json"))
     parts = [f"{{ grep -q '\"done\": true' {why} || {{ echo 'patchmill: the training is not done'; exit 1; }}; }}",
-             _patchmill("eval", name, run)]  # fmt: skip
-    if mlflow_uri(cfg).startswith("http"):
-        parts.append(f"{{ {_patchmill('sync', run)} || true; }}")  # the result is there all the same
+             _patchmill(cfg, "eval", name, run)]  # fmt: skip
+    if mlflow_uri(cfg) != "none" and not tracking_waits(cfg):
+        parts.append(f"{{ {_patchmill(cfg, 'sync', run)} || true; }}")  # the result is there all the same
     return " &&\n".join(parts)
 
 
@@ -176,6 +177,8 @@ def _script(cfg: Config, name: str, asked: StageConfig, command: str, code: Path
     """The batch script of a stage. No srun: a signal to its step would end it for good, so it is killed and comes back."""
     from submitit.slurm.slurm import _make_sbatch_string
 
+    if cfg.slurm.executor == "local":
+        return local.stage_script(cfg, asked.cpus_per_task, command)
     run = Path(cfg.run.dir).resolve()
     more: dict[str, Any] = {"time": asked.time, "requeue": True, "output": str(run / FOLDER / f"{name}-%j.out")}
     return _make_sbatch_string(
@@ -204,10 +207,12 @@ def draft(cfg: Config, *, queue: bool) -> Chain:
         for name in cfg.chain.evals
         if name not in there
     }
-    for name, script in (prep | probes).items() if shutil.which("sbatch") else ():
+    here = cfg.slurm.executor == "local"
+    for name, script in (prep | probes).items() if shutil.which("sbatch") and not here else ():
         problems += [f"chain.{'prep' if name == 'prep' else 'eval'}: {line}" for line in refusal(script)]
     if problems or ready is None:
         raise ConfigError(list(dict.fromkeys(problems)))
+    lines += _unused(cfg) if here else []
     lines += [f"prep: {pack.beton} of {pack.images}" for pack in packs]
     if not packs and (cfg.chain.train_images or cfg.chain.val_images):
         lines.append("prep: left out, the betons are there")
@@ -215,6 +220,15 @@ def draft(cfg: Config, *, queue: bool) -> Chain:
         lines.append("train: left out, the run is done")
     lines += [f"{name}: left out, {top1:.2f} % top-1" for name, top1 in there.items() if name in cfg.chain.evals]
     return Chain(ready, prep | ({} if _done(run) else {"train": ready.script}) | probes, lines)
+
+
+def _unused(cfg: Config) -> list[str]:
+    """What the settings of the stages ask of Slurm where it is not used."""
+    asked = {f"chain.{name}.{key}": (key, value) for name in ("prep", "eval")
+             for key, value in getattr(cfg.chain, name).model_dump().items() if key != "cpus_per_task"}  # fmt: skip
+    default = StageConfig().model_dump()
+    found = [name for name, (key, value) in asked.items() if value != default[key]]
+    return [f"not used without Slurm: {', '.join(found)}"] if found else []
 
 
 def chain(cfg: Config, *, dry_run: bool) -> str:
@@ -228,23 +242,24 @@ def chain(cfg: Config, *, dry_run: bool) -> str:
     todo = draft(cfg, queue=not dry_run)
     if dry_run:
         return str(todo)
-    require_no_job(run)
-    write_run(cfg, run)
-    copy_code(todo.ready)
-    queued = _queue(cfg, todo)
-    jobs = ", ".join(f"{name} {job}" for name, job in queued.items())
-    return "\n".join([*todo.ready.lines, *todo.lines, f"submitted: {jobs}; patchmill status {run}"])
+    here = cfg.slurm.executor == "local"
+    with local.reserved(run) as lock:
+        if not here:
+            require_no_job(run)
+        write_run(cfg, run)
+        copy_code(todo.ready)
+        said = f"started: job {_start(cfg, todo, lock)}" if here else f"submitted: {_queue(cfg, todo)}"
+    return "\n".join([*todo.ready.lines, *todo.lines, f"{said}; patchmill status {run}"])
 
 
-def _queue(cfg: Config, todo: Chain) -> dict[str, str]:
-    """The jobs' numbers by stage. Raises RunFailed when Slurm takes one not; then none is left."""
+def _queue(cfg: Config, todo: Chain) -> str:
+    """The jobs of the stages. Raises RunFailed when Slurm takes one not; then none is left."""
     from pipeline.runlog import replace_file
 
     run, queued = todo.ready.run, dict[str, str]()
     if not (run / JOB).exists():
         note_job(cfg, run)  # `status` finds runs by it, also those that were not trained by a job
-    wanted = ("prep", "train", *cfg.chain.evals)
-    former = {name: job for name, job in read_json(run / CHAIN).items() if name in wanted}
+    former = _former(cfg, run)
     try:
         for name, script in todo.scripts.items():
             after = _dependency(queued)
@@ -254,7 +269,26 @@ def _queue(cfg: Config, todo: Chain) -> dict[str, str]:
         if queued:
             ask("scancel", *queued.values())
         raise RunFailed(f"{run}: the chain is not queued: {' '.join(str(error).split())}") from None
-    return queued
+    return ", ".join(f"{name} {job}" for name, job in queued.items())
+
+
+def _start(cfg: Config, todo: Chain, lock: int) -> str:
+    """On this host one job has all stages; which."""
+    from pipeline.runlog import replace_file
+
+    run, names = todo.ready.run, list(todo.scripts)
+    for name in names:
+        if name != "train":  # which is as without a chain
+            (run / FOLDER / f"{name}.sh").write_text(todo.scripts[name])
+    replace_file(run / local.STAGES, json.dumps({"names": names}).encode())
+    job = local.launch(cfg, todo.ready, lock, part="chain")
+    replace_file(run / CHAIN, json.dumps(_former(cfg, run) | dict.fromkeys(names, job)).encode())
+    return f"{job}, for {', '.join(names)}"
+
+
+def _former(cfg: Config, run: Path) -> dict[str, str]:
+    """The newest job of each stage before this call."""
+    return {name: job for name, job in read_json(run / CHAIN).items() if name in ("prep", "train", *cfg.chain.evals)}
 
 
 def _dependency(queued: dict[str, str]) -> dict[str, str]:
@@ -281,7 +315,7 @@ def cancel(run: Path, patience_s: float) -> str:
     Raises as that does; UserError where nothing is left to cancel.
     """
     others = {name: job for name, job in read_json(run / CHAIN).items() if name != "train"}
-    live = {name: job for name, job in others.items() if slurm_state(job)[0] in LIVE}
+    live = {name: job for name, job in others.items() if not job.startswith(LOCAL) and slurm_state(job)[0] in LIVE}
     said = [_end(run, name, live[name]) for name in reversed(RESULTS) if name in live]  # the last first: none may start
     if not live or slurm_state(str(read_json(run / JOB).get("job", 0)))[0] in LIVE:
         said.append(status.cancel(run, patience_s))
@@ -316,8 +350,10 @@ def stages(found: status.Status) -> list[str]:
     jobs = read_json(run / CHAIN)
     if jobs:
         jobs["train"] = found.job or "-"  # `submit` may have queued it again, or nobody
+    here = local.stage_states(run, jobs)
     for name in sorted(jobs, key=ORDER.index):
-        state, reason = (found.state, found.reason) if name == "train" else slurm_state(jobs[name])
+        known = (found.state, found.reason) if name == "train" else None
+        state, reason = here.get(name) or known or slurm_state(jobs[name])
         word = _finished(run, name, state)
         if word is None and state in LIVE and reason != "DependencyNeverSatisfied":
             told = f"{state.lower()} ({reason})" if reason else state.lower()
@@ -344,7 +380,7 @@ def _finished(run: Path, name: str, state: str) -> str | None:
         return None if top1 is None else f"done, {top1:.2f} % top-1"
     if name == "train":
         return "done" if _done(run) else None
-    if state == "UNKNOWN":  # Slurm may have forgotten it: the betons tell
+    if state in ("UNKNOWN", "ENDED"):  # Slurm may have forgotten it: the betons tell
         with suppress(UserError):
             data = load_config([run / CONFIG]).data
             return "done" if all(_sealed(Path(beton)) for beton in (data.train, data.val) if beton) else None

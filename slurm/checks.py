@@ -89,12 +89,6 @@ def _host_problems(cfg: Config) -> Iterator[str]:
                    "CUDA_VISIBLE_DEVICES); set as many, or 0 for the CPU")  # fmt: skip
 
 
-def several_jobs(cfg: Config) -> Iterator[str]:
-    """What is wrong where jobs follow or accompany each other."""
-    if cfg.slurm.executor == "local":
-        yield "slurm.executor = local: several jobs need Slurm; leave it out, or submit them one after the other"
-
-
 def job_problems(cfg: Config) -> Iterator[str]:
     """``slurm.*`` and the folder; what is not used without Slurm. Raises ConfigError."""
     problems = [*(_host_problems(cfg) if cfg.slurm.executor == "local" else _sbatch_problems(cfg))]

@@ -54,6 +54,8 @@ def sweep(
 ) -> None:
     """Queue a run for each point of a space as one job array; a second call runs those that have failed.
 
+    With slurm.executor=local they run on this host, as many at a time as it has GPUs for.
+
     Example: patchmill sweep sweep/lr imagenet/mae_vit_b engine/ddp slurm/one_node data.train=train.beton run.dir=runs/lr
     """
     from slurm.sweep import sweep as queue
@@ -70,7 +72,8 @@ def chain(
 ) -> None:
     """Pack images (chain.train_images, chain.val_images), train and probe (chain.evals): jobs that wait for each other.
 
-    The same command again queues what is not done. Where a stage fails, those after it are cancelled.
+    The same command again queues what is not done. Where a stage fails, those after it are cancelled. With
+    slurm.executor=local all stages are one job on this host.
 
     Example: patchmill chain cifar10/mae data.train=train.beton data.val=val.beton run.dir=runs/mae
     chain.train_images=photos/train chain.val_images=photos/val

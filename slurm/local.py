@@ -3,9 +3,13 @@
 Four kinds of processes, each of which dies with the one before it. The keeper, in a session of its own, judges each attempt
 and starts the next. An attempt is the job's script, which after ``slurm.setup`` becomes what srun is for Slurm: it starts a
 supervisor for each rank, and ends all when one fails. Each supervisor has its trainer.
+
+Where not all jobs of a sweep or a scaling may run at once, the keepers of the others wait (``slurm.turn``). That of a chain also
+runs what comes before and after the training.
 """
 
 import fcntl
+import json
 import multiprocessing
 import os
 import shlex
@@ -14,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,22 +27,55 @@ from typing import Final
 from data_prep.workers import adopt_orphans, die_with
 from pipeline.config import Config, UserError
 from slurm.checks import visible_gpus
-from slurm.job import FORWARDED, SETTLE_S, Verdict, conclude, read_json, supervise
-from slurm.queue import LIVE, local_job, slurm_state
+from slurm.job import CANCELLED, FORWARDED, SETTLE_S, STOPPED, Verdict, conclude, read_json, supervise
+from slurm.queue import LIVE, LOCAL, local_job, slurm_state
 from slurm.submit import FOLDER, JOB, Plan, code_path, commands, environment, note_job
+from slurm.turn import GPUS
 
 LOCK: Final = "slurm/lock"  # held by a submit, and by the keeper for as long as it lives
+TURN: Final = "slurm/turn"  # held by a job that waits
+STAGES: Final = "slurm/stages.json"  # of the newest chain here: its stages, and the exit codes of those that have ended
+NEEDED: Final = ("prep", "train")  # where one fails nothing comes after it
 
 
-def script(cfg: Config) -> str:
-    """What an attempt runs, for bash."""
+class Line:
+    """Jobs of which ``at_once`` run at a time, in the order in which they are launched."""
+
+    def __init__(self, folder: Path, at_once: int) -> None:
+        """``folder``: of all of them; it may have had other lines, and their jobs still have their places."""
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._places, self._at_once, self._last = folder.resolve() / FOLDER / "place", at_once, ""
+
+    def words(self, cfg: Config, run: Path, turn: int) -> list[str]:
+        """What comes before the command of the next job, which holds its run's ``TURN``."""
+        before, self._last = self._last, str(run / TURN)
+        gpus = " ".join(places(cfg, self._at_once))
+        return [sys.executable, "-m", "slurm.turn", str(turn), before, str(self._places), gpus]
+
+
+def places(cfg: Config, wanted: int | None) -> list[str]:
+    """The GPUs of each of ``wanted`` jobs at a time, as CUDA names them; fewer or, by default, all that there are GPUs for."""
+    count = cfg.slurm.gpus_per_node
+    if not count:
+        return [""] * (wanted or 1)
+    gpus = visible_gpus()
+    return [",".join(gpus[first : first + count]) for first in range(0, len(gpus) - count + 1, count)][:wanted]
+
+
+def script(cfg: Config, at_once: int = 1) -> str:
+    """What an attempt runs, for bash; ``at_once``: so many jobs share this host."""
     asked, run = cfg.slurm, Path(cfg.run.dir).resolve()
-    gpus = visible_gpus()[: asked.gpus_per_node] if asked.gpus_per_node else []
     # As --nproc has it: as many processes as there are CPUs must not each start as many threads.
-    cpus = asked.cpus_per_task or max(1, len(os.sched_getaffinity(0)) // asked.world)
+    cpus = asked.cpus_per_task or max(1, len(os.sched_getaffinity(0)) // (asked.world * at_once))
     start = [sys.executable, "-m", "slurm.local", "start", str(run)]
-    devices = f"export CUDA_VISIBLE_DEVICES={','.join(gpus)}"
-    return "\n".join(["#!/bin/bash", *environment(cpus), devices, *commands(cfg), f"exec {shlex.join(start)}", ""])
+    return stage_script(cfg, cpus, f"exec {shlex.join(start)}")
+
+
+def stage_script(cfg: Config, cpus: int, command: str) -> str:
+    """What a stage of a chain runs, for bash, after what the configuration sets up."""
+    gpus = visible_gpus()[: cfg.slurm.gpus_per_node] if cfg.slurm.gpus_per_node else []
+    devices = f"export CUDA_VISIBLE_DEVICES=${{{GPUS}-{','.join(gpus)}}}"
+    return "\n".join(["#!/bin/bash", *environment(cpus), devices, *commands(cfg), command, ""])
 
 
 def describe(cfg: Config) -> str:
@@ -66,20 +103,22 @@ def reserved(run: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def launch(cfg: Config, ready: Plan, lock: int) -> str:
-    """Start a run's keeper, which takes over the lock, in a session of its own; the job's name."""
+def launch(cfg: Config, ready: Plan, lock: int, line: Line | None = None, part: str = "keep") -> str:
+    """Start a run's keeper, or a chain's, which takes over the lock, in a session of its own; the job's name."""
     run = ready.run
     (run / FOLDER / "job.sh").write_text(ready.script)
     note_job(cfg, run)
-    command = shlex.join([sys.executable, "-m", "slurm.local", "keep", str(run)])
+    keep = [sys.executable, "-m", "slurm.local", part, str(run)]
     # A job of Slurm's, whose shell this may be, is not this job.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", GPUS))}
     early = run / FOLDER / "starting.out"
-    with early.open("ab") as log:
+    with early.open("ab") as log, (run / TURN).open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        command = shlex.join([*(line.words(cfg, run, turn.fileno()) if line else ()), *keep])
         # A signal that comes before the keeper can take it waits.
         keeper = subprocess.Popen(
             ["/bin/bash", "-c", "\n".join([*code_path(ready.code), f"exec {command}"])], stdin=subprocess.DEVNULL, stdout=log,
-            stderr=log, env=env, start_new_session=True, pass_fds=(lock,),
+            stderr=log, env=env, start_new_session=True, pass_fds=(lock, turn.fileno()) if line else (lock,),
             preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED),
         )  # fmt: skip
     job = local_job(keeper.pid)
@@ -127,6 +166,70 @@ def keep(run: Path) -> int:
         if not verdict.requeue:
             return verdict.code
         restart += 1
+
+
+def chain(run: Path) -> int:
+    """Run the stages of a chain until one fails that is needed, and return its exit code. A signal ends the chain.
+
+    The training is kept as that of any job; the others are run once.
+    """
+    from pipeline.runlog import replace_file
+
+    todo, keeper = read_json(run / STAGES), os.getpid()
+    asked, running, codes = list[int](), list[subprocess.Popen[bytes]](), dict[str, int]()
+
+    def receive(number: int, _: object) -> None:
+        asked.append(number)
+        for stage in running:
+            stage.kill()
+
+    adopt_orphans()
+    for name in todo["names"]:
+        if name == "train":
+            codes[name] = keep(run)
+        else:
+            for number in FORWARDED:
+                signal.signal(number, receive)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+            with (run / FOLDER / f"{name}-{local_job(keeper)}.out").open("ab") as log:
+                running[:] = [subprocess.Popen(["/bin/bash", run / FOLDER / f"{name}.sh"], stdout=log, stderr=log,
+                                               start_new_session=True, preexec_fn=lambda: die_with(keeper))]  # fmt: skip
+            if asked:  # before there was what it could end
+                running[0].kill()
+            codes[name] = running[0].wait()
+            _end_group(running[0].pid)
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # for what comes next
+        if asked or (run / CANCELLED).exists():  # the training may have been told of it too late
+            return STOPPED
+        replace_file(run / STAGES, json.dumps(todo | {"codes": codes}).encode())
+        if codes[name] and name in NEEDED:
+            return codes[name]
+    return 0
+
+
+def bound(shell: int, words: Sequence[str]) -> int:
+    """Become ``patchmill`` with these words, as a process that dies with the shell that started it."""
+    die_with(shell)
+    os.execv(sys.executable, [sys.executable, "-m", "pipeline", *words])
+
+
+def stage_states(run: Path, jobs: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """(state, reason) of the stages of the newest chain here, as Slurm would have them. ``jobs``: the newest of each stage."""
+    record = read_json(run / STAGES)
+    names, codes = record.get("names", []), record.get("codes", {})
+    job, found, waits = jobs.get(names[0], "") if names else "", dict[str, tuple[str, str]](), False
+    if not job.startswith(LOCAL):
+        return {}
+    state = slurm_state(job)[0]
+    for name in names:
+        if name in codes:
+            found[name] = ("FAILED" if codes[name] else "COMPLETED", "")
+        elif waits:
+            found[name] = ("CANCELLED", "") if state == "ENDED" else ("PENDING", "Dependency")
+        else:
+            broken = any(codes.get(one) for one in NEEDED) or (run / CANCELLED).exists()
+            found[name], waits = ("CANCELLED" if state == "ENDED" and broken else state, ""), True
+    return {name: told for name, told in found.items() if jobs[name] == job}
 
 
 def _end_group(group: int) -> None:
@@ -181,7 +284,7 @@ def _task(run: Path, rank: int, parent: int) -> None:
     supervise(str(run), settle_s=0)
 
 
-PARTS: Final[dict[str, Callable[[Path], int]]] = {"keep": keep, "start": start}
+PARTS: Final[dict[str, Callable[[Path], int]]] = {"keep": keep, "start": start, "chain": chain}
 
 if __name__ == "__main__":
-    sys.exit(PARTS[sys.argv[1]](Path(sys.argv[2])))
+    sys.exit(bound(int(sys.argv[2]), sys.argv[3:]) if sys.argv[1] == "bound" else PARTS[sys.argv[1]](Path(sys.argv[2])))

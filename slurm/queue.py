@@ -50,7 +50,7 @@ def was_cancelled(job: str) -> bool:
 def slurm_state(job: str) -> tuple[str, str]:
     """(state, reason) of a job: squeue's, and sacct's once it is gone there; UNKNOWN where neither knows it.
 
-    A job without Slurm is RUNNING, ENDED, or UNKNOWN on a host that is not its own.
+    A job without Slurm is RUNNING, ENDED, PENDING before its turn, or UNKNOWN on a host that is not its own.
     """
     if job.startswith(LOCAL):
         return _local_state(job)
@@ -80,7 +80,7 @@ def tell(job: str, *, save: bool) -> tuple[int, str]:
     try:
         process = os.pidfd_open(_parts(job)[1])
         try:
-            if _local_state(job)[0] == "RUNNING":  # it is the process that was opened, not one that came after it
+            if _local_state(job)[0] in LIVE:  # it is the process that was opened, not one that came after it
                 signal.pidfd_send_signal(process, signal.SIGUSR2 if save else signal.SIGKILL)
         finally:
             os.close(process)
@@ -116,4 +116,10 @@ def _local_state(job: str) -> tuple[str, str]:
     if host != socket.gethostname():
         return "UNKNOWN", f"ask on {host}"
     state, begun = _stat(pid)
-    return ("RUNNING" if begun == start and state not in ("Z", "X") else "ENDED"), ""
+    if begun != start or state in ("Z", "X"):
+        return "ENDED", ""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+    except OSError:  # just now
+        return "ENDED", ""
+    return ("PENDING" if b" -m slurm.turn " in command else "RUNNING"), ""

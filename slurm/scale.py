@@ -14,8 +14,8 @@ from typing import Any, Final, Literal
 import yaml
 
 from pipeline.config import Config, ConfigError, RunFailed, UserError, flatten, load_config
-from slurm.checks import several_jobs
 from slurm.job import CONFIG, read_json
+from slurm.local import Line
 from slurm.queue import LIVE
 from slurm.status import Status, look
 from slurm.submit import JOB, plan, submit
@@ -169,9 +169,6 @@ def read_points(settings: Sequence[str], steps: int, batch: Batch) -> tuple[Conf
             continue
         place = cfg.run.model_copy(update={"dir": str(Path(cfg.run.dir) / name)})
         found.append(Point(name, some, cfg.model_copy(update={"run": place})))
-    for point in found:
-        for text in several_jobs(point.cfg):
-            problems.add(point.name, UserError(text))
     problems.raise_any()
     if (Path(first[0].run.dir) / "log.jsonl").exists():
         raise UserError(
@@ -224,10 +221,12 @@ def queue(standings: Sequence[Standing]) -> Iterator[str]:
         except UserError as error:
             problems.add(standing.point.name, error)
     problems.raise_any()
+    line: Line | None = None  # without Slurm: what runs at the same time would be measured with it
     for standing in owed:
         point = standing.point
         again = f" again, it had failed: {standing.status.why or 'it left no word why'}" if standing.status else ""
-        submit(point.cfg)
+        line = line or (Line(point.folder.parent, 1) if point.cfg.slurm.executor == "local" else None)
+        submit(point.cfg, line)
         yield f"{point.name}: queued{again}; job {read_json(point.folder / JOB).get('job')}"
 
 

@@ -13,13 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.config import CONFIG_DIR, Config, ConfigError, RunFailed, UserError
 from slurm.checks import CHECKS, configuration, mlflow_uri, signal_lead, tracking_waits
 from slurm.job import CANCELLED, CONFIG, read_json
 from slurm.queue import ask
 from slurm.space import SWEEP
+
+if TYPE_CHECKING:
+    from slurm.local import Line
 
 FOLDER: Final = "slurm"  # of a run: what the job needs and leaves
 JOB: Final = "slurm/job.json"
@@ -228,8 +231,11 @@ def require_no_job(run: Path) -> None:
             raise UserError(f"run.dir = {run}: its job {job} is {state}; patchmill cancel {run} ends it")
 
 
-def submit(cfg: Config) -> str:
-    """Queue the job; what is to be said. Raises ConfigError with every problem, UserError when the run has a job already."""
+def submit(cfg: Config, line: "Line | None" = None) -> str:
+    """Queue the job, without Slurm in ``line`` where there is one; what is to be said.
+
+    Raises ConfigError with every problem, UserError when the run has a job already.
+    """
     from slurm import local
 
     ready, here = plan(cfg, queue=True), cfg.slurm.executor == "local"
@@ -242,7 +248,7 @@ def submit(cfg: Config) -> str:
             require_no_job(ready.run)
         write_run(cfg, ready.run)
         copy_code(ready)
-        number = local.launch(cfg, ready, lock) if here else enqueue(cfg, ready)
+        number = local.launch(cfg, ready, lock, line) if here else enqueue(cfg, ready)
     said = f"{'started' if here else 'submitted'}: job {number}; patchmill status {ready.run}"
     return "\n".join([*ready.lines, said])
 

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import Config, ConfigError, UserError, binding_differences, flatten, load_config
-from slurm.checks import checkpoint_bytes, free_bytes, mlflow_uri, several_jobs, signal_lead
+from slurm.checks import checkpoint_bytes, free_bytes, mlflow_uri, signal_lead
 from slurm.job import CONFIG, read_json
+from slurm.local import Line, launch, places, reserved, script
+from slurm.queue import LIVE, LOCAL, slurm_state
 from slurm.space import SWEEP, Settings, Space, names, overrides, read_space, shown
 from slurm.submit import (
     FOLDER,
@@ -43,16 +45,19 @@ def sweep(name: str, files: Sequence[str], words: Sequence[str], *, parallel: in
     points = configure(space, files, words)
     folder = points[0].run.parent
     _require_same(folder, points)
-    points = with_states(folder, points, ask_slurm=queue)
+    here = points[0].cfg.slurm.executor == "local"
+    points = with_states(folder, points, ask_slurm=queue and not here)
     todo = [point for point in points if not point.state]
     table = _table(points, "queued" if queue else "to be queued")
     if not todo:
         return "\n".join([*table, "", "nothing to queue: every point is done or has a job"])
-    at_once = min(parallel or space.parallel or len(todo), len(todo))
+    wanted = parallel or space.parallel
+    most = len(places(todo[0].cfg, wanted)) or 1 if here else wanted or len(todo)
+    at_once = min(most, len(todo))
     ready = _plan(folder, todo, len(points), at_once, queue=queue)
     if not queue:
         return "\n".join([ready.script.rstrip(), "", *table, "", *ready.lines])
-    return "\n".join([*ready.lines, "", *table, "", _queue(ready, space, points, todo)])
+    return "\n".join([*ready.lines, "", *table, "", _queue(ready, space, points, todo, at_once)])
 
 
 def configure(space: Space, files: Sequence[str], words: Sequence[str]) -> list[Point]:
@@ -105,10 +110,12 @@ def _require_same(folder: Path, points: Sequence[Point]) -> None:
 def with_states(folder: Path, points: Sequence[Point], *, ask_slurm: bool) -> list[Point]:
     """The points with what became of them so far. Raises UserError when a job is not known to be any point's."""
     live = live_jobs(folder) if ask_slurm else []
+    noted = [(str(read_json(point.run / JOB).get("job", "")), point.run) for point in points]
+    local = [(job, slurm_state(job)[0], run) for job, run in noted if job.startswith(LOCAL)]
+    live += [(job, state.lower(), run) for job, state, run in local if state in LIVE]
     found = list[Point]()
     for point in points:
-        noted = read_json(point.run / JOB).get("job")
-        own = [row for row in live if row[2] == point.run or (row[2] == folder and row[0] == noted)]
+        own = [row for row in live if row[2] == point.run or (row[2] == folder and (row[0], point.run) in noted)]
         live = [row for row in live if row not in own]
         state = f"job {own[0][0]} is {own[0][1]}" if own else ""
         state = "done" if read_json(point.run / "why_stopped.json").get("done") else state
@@ -129,7 +136,7 @@ def _plan(folder: Path, todo: Sequence[Point], total: int, parallel: int, *, que
         lines[point.run.name] = [line.replace(str(point.run), str(folder)) for line in told]
         problems[point.run.name] = [line.replace(str(point.run), str(folder)) for line in wrong]
     needed, free = sum(checkpoint_bytes(point.cfg) for point in todo), free_bytes(folder)
-    bad = [*several_jobs(todo[0].cfg), *_gathered(problems, numbers)]
+    bad = _gathered(problems, numbers)
     if needed > free and not bad:
         bad.append(f"run.dir = {folder}: the checkpoints of {len(todo)} points take {needed / 2**30:.2f} GiB, "
                    f"{free / 2**30:.2f} GiB are free; make room, or choose another folder")  # fmt: skip
@@ -139,20 +146,19 @@ def _plan(folder: Path, todo: Sequence[Point], total: int, parallel: int, *, que
                                      "slurm": first.slurm.model_copy(update={"signal_lead_s": lead})})  # fmt: skip
     said = [*_gathered(lines, numbers), f"sweep: {len(todo)} of {total} points, {parallel} at a time; their checkpoints take "
             f"{needed / 2**30:.2f} GiB at most"]  # fmt: skip
-    return assemble(whole, said, bad, queue=queue, points=numbers, parallel=parallel)
+    ready = assemble(whole, said, bad, queue=queue, points=numbers, parallel=parallel)
+    return replace(ready, script=script(first, parallel)) if first.slurm.executor == "local" else ready
 
 
-def _queue(ready: Plan, space: Space, points: Sequence[Point], todo: Sequence[Point]) -> str:
-    """Make the folders, the parent in MLflow and the array; what is to be said."""
+def _queue(ready: Plan, space: Space, points: Sequence[Point], todo: Sequence[Point], at_once: int) -> str:
+    """Make the folders, the parent in MLflow and the jobs; what is to be said."""
     from pipeline.runlog import replace_file
-    from slurm import job
 
     ready.run.mkdir(parents=True, exist_ok=True, mode=0o700)
     replace_file(ready.run / SWEEP, json.dumps({"points": {p.run.name: p.settings for p in points}}, indent=1).encode())
-    uri, logs = mlflow_uri(todo[0].cfg), f"../{FOLDER}"
     for point in todo:
         write_run(point.cfg, point.run)
-        note_job(point.cfg, point.run, logs=logs)
+    uri = mlflow_uri(todo[0].cfg)
     if uri != "none":
         from pipeline.tracking import nest
 
@@ -160,11 +166,32 @@ def _queue(ready: Plan, space: Space, points: Sequence[Point], todo: Sequence[Po
         nest(ready.run, uri, todo[0].cfg.tracking.experiment, params, {"patchmill.points": str(len(points))},
              [point.run for point in todo])  # fmt: skip
     copy_code(ready)
+    if todo[0].cfg.slurm.executor == "local":
+        _start(ready, todo, at_once)
+        return f"started: {len(todo)} jobs, {at_once} at a time; patchmill status {ready.run}"
+    return f"submitted: job {_submit_array(ready, todo)}; patchmill status {ready.run}"
+
+
+def _start(ready: Plan, todo: Sequence[Point], at_once: int) -> None:
+    """A job on this host for each point; most wait for their turn."""
+    line = Line(ready.run, at_once)
+    for point in todo:
+        with reserved(point.run) as lock:
+            launch(point.cfg, replace(ready, run=point.run, script=script(point.cfg, at_once)), lock, line)
+
+
+def _submit_array(ready: Plan, todo: Sequence[Point]) -> str:
+    """The array's number. Raises RunFailed when Slurm does not take it."""
+    from slurm import job
+
+    logs = f"../{FOLDER}"
+    for point in todo:
+        note_job(point.cfg, point.run, logs=logs)
     with taken(ready.run):
         jobs = executor(ready).map_array(job.supervise, [str(point.run) for point in todo])
     for point, made in zip(todo, jobs, strict=True):
         note_job(point.cfg, point.run, logs=logs, job=made.job_id)
-    return f"submitted: job {jobs[0].job_id.split('_')[0]}; patchmill status {ready.run}"
+    return str(jobs[0].job_id.split("_")[0])
 
 
 def _table(points: Sequence[Point], todo: str) -> list[str]:

@@ -185,6 +185,10 @@ def test_a_probe_wants_a_training_that_is_done(cfg, tmp_path: Path, monkeypatch)
     (run / "why_stopped.json").write_text('{"done": true}')
     assert outcome() == (0, f"-m pipeline eval knn {run}\n")
     assert outcome("tracking.uri=http://host:5000")[1].splitlines()[1] == f"-m pipeline sync {run}"
+    assert len(outcome("tracking.uri=auto")[1].splitlines()) == 1, "`status` does it"
+    here = [line.split() for line in outcome("tracking.uri=auto", "slurm.executor=local")[1].splitlines()]
+    assert [line[:3] for line in here] == [["-m", "slurm.local", "bound"]] * 2
+    assert [" ".join(line[4:]) for line in here] == [f"eval knn {run}", f"sync {run}"]
 
 
 def test_each_stage_waits_for_the_one_that_it_needs(cfg, slurm, tmp_path: Path) -> None:

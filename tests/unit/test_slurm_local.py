@@ -211,7 +211,10 @@ def test_the_plan_says_what_would_run_and_what_is_not_used(cfg, tmp_path: Path, 
     ready = plan(cfg("slurm.gpus_per_node=2", "slurm.time=3", "slurm.partition=x", "slurm.setup=[module load cuda]",
                      "slurm.cpus_per_task=6", "slurm.directives={nodes: 4}", "tracking.uri=auto"), queue=True)  # fmt: skip
     script = ready.script.splitlines()
-    assert "export CUDA_VISIBLE_DEVICES=3,GPU-a" in script and "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-6}" in script
+    assert (
+        "export CUDA_VISIBLE_DEVICES=${PATCHMILL_GPUS-3,GPU-a}" in script
+        and "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-6}" in script
+    )
     assert script[-1] == f"exec {sys.executable} -m slurm.local start {tmp_path / 'run'}"
     assert script.index("module load cuda") > script.index("export OMP_NUM_THREADS=1")
     assert "not used without Slurm: slurm.partition, slurm.time, slurm.directives" in ready.lines

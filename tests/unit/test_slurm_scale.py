@@ -17,6 +17,7 @@ from pipeline.config import ConfigError, RunFailed, UserError, load_config
 from pipeline.estimate import flops_per_image
 from pipeline.planner import GIB, Layout, Machine, find_gpu, largest_batch, peak_bytes, predict_step
 from slurm import scale, scale_run, scale_table, status
+from slurm.local import Line
 from slurm.scale import read_axes, read_points, short, split
 from slurm.scale_figure import draw
 from slurm.scale_run import Choice
@@ -238,6 +239,7 @@ class Cluster:
         self.states: dict[str, str] = {}
         self.queued: list[str] = []
         self.refused: dict[str, str] = {}
+        self.lines: list[Line | None] = []
         monkeypatch.setattr(status, "slurm_state", lambda job: (self.states.get(job, "UNKNOWN"), ""))
         monkeypatch.setattr(scale, "plan", self.plan)
         monkeypatch.setattr(scale, "submit", self.submit)
@@ -248,7 +250,8 @@ class Cluster:
         if problem := self.refused.get(Path(cfg.run.dir).name):
             raise ConfigError([problem, "slurm: no such partition"])
 
-    def submit(self, cfg: Any) -> str:
+    def submit(self, cfg: Any, line: Line | None = None) -> str:
+        self.lines.append(line)
         run, job = Path(cfg.run.dir), str(len(self.queued) + 1)
         (run / "slurm").mkdir(parents=True, exist_ok=True)
         (run / "slurm" / "job.json").write_text(json.dumps({"job": job}))
@@ -310,6 +313,18 @@ def test_nothing_is_queued_before_all_points_are_in_order(tmp_path: Path, cluste
     assert found.value.problems == ["nodes-1: data.train: is broken", "nodes-1, nodes-4: slurm: no such partition",
                                     "nodes-4: memory: 3 GiB too much"]  # fmt: skip
     assert cluster.queued == []
+
+
+def test_without_slurm_a_point_waits_for_the_one_before(tmp_path: Path, cluster: Cluster) -> None:
+    scale_run.scale(settings(tmp_path, "nodes=1,2", "tracking.uri=none"), CHOICE, None, wait=False)
+    assert cluster.lines == [None, None]
+    cluster.queued.clear()
+    words = settings(tmp_path / "here", "slurm.tasks_per_node=1,2", "slurm.executor=local", "tracking.uri=none")
+    scale_run.scale(words, CHOICE, None, wait=False)
+    line, (_, points) = cluster.lines[2], read_points(words, 30, "per-process")
+    assert line is not None and cluster.lines[3] is line, "all are in one"
+    place = tmp_path / "here" / "runs" / "slurm" / "place"
+    assert line.words(points[0].cfg, points[0].folder, 7)[3:] == ["7", "", str(place), ""], "which has one place"
 
 
 def test_a_wait_ends_with_the_names_of_what_has_no_result(
