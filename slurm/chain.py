@@ -20,7 +20,7 @@ from pipeline.config import Config, ConfigError, RunFailed, UserError, load_conf
 from slurm import local, status
 from slurm.account import read_lines
 from slurm.checks import KEPT, mlflow_uri, seconds, tracking_waits
-from slurm.job import CANCELLED, CONFIG, read_json
+from slurm.job import CONFIG, read_json
 from slurm.queue import LIVE, LOCAL, ask, slurm_state
 from slurm.submit import (
     FOLDER,
@@ -34,6 +34,7 @@ from slurm.submit import (
     plan,
     refusal,
     require_no_job,
+    require_own,
     threads,
     write_run,
 )
@@ -184,7 +185,7 @@ def _script(cfg: Config, name: str, asked: StageConfig, command: str, code: Path
     return _make_sbatch_string(
         command=command, folder=run / FOLDER, use_srun=False, job_name=f"{run.name}-{name}", nodes=1, ntasks_per_node=1,
         cpus_per_task=asked.cpus_per_task, mem=asked.mem, partition=asked.partition or cfg.slurm.partition,
-        account=cfg.slurm.account, qos=cfg.slurm.qos, stderr_to_stdout=True,
+        account=cfg.slurm.account, qos=cfg.slurm.qos, stderr_to_stdout=True, wckey=None,
         setup=[*threads(asked.cpus_per_task), *code_path(code), *commands(cfg)],
         additional_parameters=more | dict(asked.directives),
     )  # fmt: skip
@@ -209,7 +210,7 @@ def draft(cfg: Config, *, queue: bool) -> Chain:
     }
     here = cfg.slurm.executor == "local"
     for name, script in (prep | probes).items() if shutil.which("sbatch") and not here else ():
-        problems += [f"chain.{'prep' if name == 'prep' else 'eval'}: {line}" for line in refusal(script)]
+        problems += refusal(script, f"chain.{'prep' if name == 'prep' else 'eval'}")
     if problems or ready is None:
         raise ConfigError(list(dict.fromkeys(problems)))
     lines += _unused(cfg) if here else []
@@ -243,6 +244,7 @@ def chain(cfg: Config, *, dry_run: bool) -> str:
     if dry_run:
         return str(todo)
     here = cfg.slurm.executor == "local"
+    require_own(run)
     with local.reserved(run) as lock:
         if not here:
             require_no_job(run)
@@ -351,24 +353,22 @@ def stages(found: status.Status) -> list[str]:
     if jobs:
         jobs["train"] = found.job or "-"  # `submit` may have queued it again, or nobody
     here = local.stage_states(run, jobs)
-    for name in sorted(jobs, key=ORDER.index):
+    for name in (name for name in ORDER if name in jobs):
         known = (found.state, found.reason) if name == "train" else None
         state, reason = here.get(name) or known or slurm_state(jobs[name])
         word = _finished(run, name, state)
         if word is None and state in LIVE and reason != "DependencyNeverSatisfied":
             told = f"{state.lower()} ({reason})" if reason else state.lower()
-            word = f"waits for {waits}" if reason == "Dependency" else told
-            waits = name
+            word = f"waits for {waits}" if reason == "Dependency" and waits else told
         elif word is None and broken and state in (*LIVE, "CANCELLED"):
             word = f"cancelled, as {broken}"
         elif word is None:
-            if name == "train" and (run / CANCELLED).exists():
-                state = "CANCELLED"  # it has saved, and ended by itself
             verdict = {"CANCELLED": "was cancelled", "UNKNOWN": "is not known: Slurm does not say"}.get(
                 state, state.lower()
             )
             word = f"{verdict}{_why(found, name, jobs[name])}"
             broken = broken or (f"{name} {verdict}" if name not in RESULTS else "")
+        waits = name if state in LIVE else waits
         lines.append(f"{name:7} {jobs[name]:>9}  {word}")
     return lines
 

@@ -91,7 +91,10 @@ def _host_problems(cfg: Config) -> Iterator[str]:
 
 def job_problems(cfg: Config) -> Iterator[str]:
     """``slurm.*`` and the folder; what is not used without Slurm. Raises ConfigError."""
-    problems = [*(_host_problems(cfg) if cfg.slurm.executor == "local" else _sbatch_problems(cfg))]
+    run = Path(cfg.run.dir).resolve()
+    above = next(folder for folder in [run, *run.parents] if folder.exists())
+    problems = [] if above.is_dir() else [f"run.dir = {run}: {above} is a file; choose another folder"]
+    problems += [*(_host_problems(cfg) if cfg.slurm.executor == "local" else _sbatch_problems(cfg))]
     for key in cfg.slurm.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", key):
             problems.append(f"slurm.environment.{key}: is no name of a variable")

@@ -34,10 +34,14 @@ SETTLE_S: Final = 10.0  # for the other tasks to say what they saw, before Slurm
 
 def attempt() -> str:
     """This job and how often it was requeued, such as 4711-0, or 4711_3-0 for an element of an array."""
-    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
-    if array:  # by the number that people, job.json and the logs' names have, as submitit makes it
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+    return f"{own_job()}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+
+
+def own_job() -> str:
+    """This job as people, job.json and the logs' names have it, such as 4711 or 4711_3."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    # Of the last element Slurm's own number is that of the whole array.
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def element(folder: Path, points: list[str]) -> Path:
@@ -223,11 +227,11 @@ def conclude(run: Path, requeue: Callable[[Verdict], Verdict]) -> Verdict:
 
 
 def _slurm_requeues(verdict: Verdict) -> Verdict:
-    if was_cancelled(os.environ["SLURM_JOB_ID"]):
-        return Verdict(False, f"cancelled by scancel; {verdict.reason}", STOPPED)
-    asked = subprocess.run(
-        ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
-    )
+    if was_cancelled(own_job()):
+        # It ends the script too, often before the processes have left word.
+        said = f"; {verdict.reason}" if verdict.code == STOPPED else ""
+        return Verdict(False, f"cancelled by scancel{said}", STOPPED)
+    asked = subprocess.run(["scontrol", "requeue", own_job()], capture_output=True, text=True, check=False)
     if "pending execution" in asked.stderr:  # the job was ended for that: the batch script ran while it was
         return Verdict(True, "requeued by Slurm: preempted, or scontrol requeue", STOPPED)
     if asked.returncode:

@@ -28,11 +28,10 @@ from data_prep.workers import adopt_orphans, die_with
 from pipeline.config import Config, UserError
 from slurm.checks import visible_gpus
 from slurm.job import CANCELLED, FORWARDED, SETTLE_S, STOPPED, Verdict, conclude, read_json, supervise
-from slurm.queue import LIVE, LOCAL, local_job, slurm_state
-from slurm.submit import FOLDER, JOB, Plan, code_path, commands, environment, note_job
+from slurm.queue import LIVE, LOCAL, local_job, outside, slurm_state
+from slurm.submit import FOLDER, JOB, LOCK, Plan, code_path, commands, environment, note_job
 from slurm.turn import GPUS
 
-LOCK: Final = "slurm/lock"  # held by a submit, and by the keeper for as long as it lives
 TURN: Final = "slurm/turn"  # held by a job that waits
 STAGES: Final = "slurm/stages.json"  # of the newest chain here: its stages, and the exit codes of those that have ended
 NEEDED: Final = ("prep", "train")  # where one fails nothing comes after it
@@ -109,8 +108,7 @@ def launch(cfg: Config, ready: Plan, lock: int, line: Line | None = None, part: 
     (run / FOLDER / "job.sh").write_text(ready.script)
     note_job(cfg, run)
     keep = [sys.executable, "-m", "slurm.local", part, str(run)]
-    # A job of Slurm's, whose shell this may be, is not this job.
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", GPUS))}
+    env = {name: value for name, value in outside().items() if name != GPUS}
     early = run / FOLDER / "starting.out"
     with early.open("ab") as log, (run / TURN).open("a") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
@@ -122,7 +120,8 @@ def launch(cfg: Config, ready: Plan, lock: int, line: Line | None = None, part: 
             preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED),
         )  # fmt: skip
     job = local_job(keeper.pid)
-    early.rename(log_of(run, job, 0))
+    with suppress(FileNotFoundError):  # the keeper was first
+        early.rename(log_of(run, job, 0))
     note_job(cfg, run, job=job)
     return job
 
@@ -135,6 +134,7 @@ def log_of(run: Path, job: str, rank: int) -> Path:
 def keep(run: Path) -> int:
     """Run a job's attempts until its end, and return the exit code. A signal is passed on, and what it ends does not come back."""
     os.environ |= {"SLURM_JOB_ID": local_job(os.getpid()), "SLURM_JOB_NODELIST": socket.gethostname()}
+    _introduce(run)
     adopt_orphans()
     keeper, asked, running = os.getpid(), list[int](), list[subprocess.Popen[bytes]]()
 
@@ -166,6 +166,16 @@ def keep(run: Path) -> int:
         if not verdict.requeue:
             return verdict.code
         restart += 1
+
+
+def _introduce(run: Path) -> None:
+    """Note this job's name, which the process that started it does too, unless it was killed before."""
+    from pipeline.runlog import replace_file
+
+    job, early = os.environ["SLURM_JOB_ID"], run / FOLDER / "starting.out"
+    with suppress(FileNotFoundError):
+        early.rename(log_of(run, job, 0))
+    replace_file(run / JOB, json.dumps(read_json(run / JOB) | {"job": job}).encode())
 
 
 def chain(run: Path) -> int:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -22,10 +23,25 @@ LIVE: Final = (
 )
 
 
+def outside() -> dict[str, str]:
+    """The environment without what a job or a launcher around this process has set, which is not for another job."""
+    theirs = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in theirs and (not name.startswith("SLURM_") or name == "SLURM_CONF")
+    }
+
+
 def ask(*command: str) -> tuple[int, str]:
     """(exit code, output) of a command of Slurm's, errors included; a controller that does not answer is given a minute."""
     done = subprocess.run(
-        ["timeout", "60", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        ["timeout", "60", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env=outside(),
     )
     return done.returncode, done.stdout or f"no answer to {command[0]} in a minute"
 
@@ -78,10 +94,15 @@ def tell(job: str, *, save: bool) -> tuple[int, str]:
         # step gets it at once.
         return ask("scancel", "--signal=USR2", f"{job}.0" if "_" in job else job) if save else ask("scancel", job)
     try:
-        process = os.pidfd_open(_parts(job)[1])
+        pid = _parts(job)[1]
+        process = os.pidfd_open(pid)
         try:
             if _local_state(job)[0] in LIVE:  # it is the process that was opened, not one that came after it
+                groups = [] if save else _children(pid)
                 signal.pidfd_send_signal(process, signal.SIGUSR2 if save else signal.SIGKILL)
+                for group in groups:  # what slurm.setup has started does not end with it
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.killpg(group, signal.SIGKILL)
         finally:
             os.close(process)
     except ProcessLookupError:
@@ -100,6 +121,13 @@ def _parts(job: str) -> tuple[str, int, str]:
     """(host, process, its start) of a job without Slurm."""
     host, pid, start = job.removeprefix(LOCAL).rsplit("-", 2)
     return host, int(pid), start
+
+
+def _children(pid: int) -> list[int]:
+    """Of a keeper: its attempt, which leads a group of its own."""
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _stat(pid: int) -> tuple[str, str]:

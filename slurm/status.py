@@ -43,7 +43,8 @@ def find_runs(places: list[Path]) -> list[Path]:
         inside = (path.parents[1] for pattern in (f"*/{JOB}", f"*/*/{JOB}") for path in place.glob(pattern))
         some = [place] if (place / JOB).is_file() else sorted(inside)
         if not some:
-            raise UserError(f"{place}: holds no run of `patchmill submit`, nor is it one")
+            nothing = "holds no run of `patchmill submit`, nor is it one" if place.exists() else "is not there"
+            raise UserError(f"{place}: {nothing}")
         found += some
     return found
 
@@ -66,6 +67,12 @@ def look(run: Path) -> Status:
     back = last.get("event") != "end" or last.get("requeue")  # it should be there
     if back and state not in (*LIVE, "UNKNOWN") and not why.get("done"):
         told = f"the job was ended from outside ({state.lower()}) and does not come back; submit the run again"
+        if not history and not train:
+            told = f"its job never began ({state.lower()})"
+        if (run / CANCELLED).exists():
+            told = "cancelled"
+    if state == "FAILED" and (run / CANCELLED).exists():
+        state = "CANCELLED"  # it has saved, and ended by itself
     alive = state in LIVE and not why.get("done")
     return Status(
         run, job, state, reason, step, total, float(train[-1]["loss"]) if train else None, speed,

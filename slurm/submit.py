@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pipeline.config import CONFIG_DIR, Config, ConfigError, RunFailed, UserError
 from slurm.checks import CHECKS, configuration, mlflow_uri, signal_lead, tracking_waits
 from slurm.job import CANCELLED, CONFIG, read_json
-from slurm.queue import ask
+from slurm.queue import ask, outside
 from slurm.space import SWEEP
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 FOLDER: Final = "slurm"  # of a run: what the job needs and leaves
 JOB: Final = "slurm/job.json"
+LOCK: Final = "slurm/lock"  # held by a submit, and by the keeper of a job without Slurm for as long as it lives
+RUN_MARKS: Final = (JOB, "log.jsonl", SWEEP)  # in the folder of a run or of a sweep
+# The settings to which a refusal of Slurm's may refer, by a word of it.
+SETTINGS: Final = {"time limit": "time", "partition": "partition", "account": "account", "qos": "qos", "--mem": "mem",
+                   "memory": "mem", "node count": "nodes", "processors": "cpus_per_task"}  # fmt: skip
 # A task's first words: Slurm may signal it before Python runs, when there is nothing yet to save.
 TASK_PYTHON: Final = f"""sh -c 'trap "" USR2; exec "$@"' task {shlex.quote(sys.executable)}"""
 
@@ -58,7 +63,14 @@ def _git(root: Path, *arguments: str) -> bytes:
 
 def snapshot_name(root: Path) -> tuple[str, list[str]]:
     """A name by the content of all files that git does not ignore, and the files: equal code has one snapshot."""
-    files = [name for name in _git(root, "ls-files", "-zco", "--exclude-standard").decode().split("\0") if name]
+    listed = [name for name in _git(root, "ls-files", "-zco", "--exclude-standard").decode().split("\0") if name]
+    # Runs that lie in the tree are no code, nor is what MLflow keeps beside them.
+    runs = tuple(name.removesuffix(mark) for mark in RUN_MARKS for name in listed if name.endswith(f"/{mark}"))
+    files = [
+        name
+        for name in listed
+        if not name.startswith(runs) and "mlartifacts/" not in name and Path(name).name != "mlflow.db"
+    ]
     digest, there = hashlib.sha256(), []
     for name in sorted(files):
         path = root / name
@@ -134,7 +146,8 @@ def parameters(cfg: Config, code: Path | None, points: Sequence[str] = ()) -> di
         # A task that failed ends the others; since 22.05 srun does not take over the CPUs of a task.
         "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else [])],
     }  # fmt: skip
-    return {key: value for key, value in found.items() if value is not None}
+    # Without the last submitit would set one of its own.
+    return {key: value for key, value in found.items() if value is not None} | {"wckey": None}
 
 
 def examine(cfg: Config, coming: Collection[str] = ()) -> tuple[list[str], list[str]]:
@@ -187,7 +200,7 @@ def assemble(cfg: Config, lines: list[str], problems: list[str], *, queue: bool,
     elif shutil.which("sbatch") is not None:
         problems += refusal(script)
     elif queue:
-        problems.append("sbatch is not on this host: submit where Slurm is")
+        problems.append("sbatch is not on this host: submit where Slurm is, or set slurm.executor=local")
     else:
         lines.append("slurm: not asked, sbatch is not on this host")
     if problems:
@@ -199,15 +212,17 @@ def assemble(cfg: Config, lines: list[str], problems: list[str], *, queue: bool,
     return Plan(run, told, script, lines, code, files)
 
 
-def refusal(script: str) -> Iterator[str]:
-    """What Slurm has against a batch script, without queueing it."""
+def refusal(script: str, section: str = "slurm") -> Iterator[str]:
+    """What Slurm has against a batch script, without queueing it; ``section`` has its settings."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
         code, said = ask("sbatch", "--test-only", file.name)
     if code:
         lines = (line.removeprefix("sbatch: error:").strip() for line in said.splitlines())
-        yield "slurm: " + " ".join(line.removeprefix("allocation failure:").strip() for line in lines)
+        told = " ".join(line.removeprefix("allocation failure:").strip() for line in lines)
+        keys = dict.fromkeys(f"{section}.{key}" for word, key in SETTINGS.items() if word in told.lower())
+        yield f"slurm: {told}" + (f" ({', '.join(keys)})" if keys else "")
 
 
 def live_jobs(folder: Path) -> list[tuple[str, str, Path]]:
@@ -228,7 +243,8 @@ def require_no_job(run: Path) -> None:
     for job, state, owner in live_jobs(run.parent):
         # A sweep's script is that of all its points; one that was cut off may not have said to them which jobs are theirs.
         if owner == run or (owner == run.parent and noted in (None, job)):
-            raise UserError(f"run.dir = {run}: its job {job} is {state}; patchmill cancel {run} ends it")
+            end = f"patchmill cancel {run}" if noted else f"scancel {job}"
+            raise UserError(f"run.dir = {run}: its job {job} is {state}; {end} ends it")
 
 
 def submit(cfg: Config, line: "Line | None" = None) -> str:
@@ -241,8 +257,7 @@ def submit(cfg: Config, line: "Line | None" = None) -> str:
     ready, here = plan(cfg, queue=True), cfg.slurm.executor == "local"
     if read_json(ready.run / "why_stopped.json").get("done"):
         raise UserError(f"run.dir = {ready.run}: that run is done; choose another folder")
-    if (ready.run / SWEEP).exists():
-        raise UserError(f"run.dir = {ready.run}: holds a sweep; choose another folder")
+    require_own(ready.run)
     with local.reserved(ready.run) as lock:
         if not here:
             require_no_job(ready.run)
@@ -251,6 +266,18 @@ def submit(cfg: Config, line: "Line | None" = None) -> str:
         number = local.launch(cfg, ready, lock, line) if here else enqueue(cfg, ready)
     said = f"{'started' if here else 'submitted'}: job {number}; patchmill status {ready.run}"
     return "\n".join([*ready.lines, said])
+
+
+def require_own(run: Path) -> None:
+    """Raises UserError for a folder of a sweep, or of something that is no run."""
+    if (run / SWEEP).exists():
+        raise UserError(f"run.dir = {run}: holds a sweep; choose another folder")
+    if (
+        run.is_dir()
+        and any(run.iterdir())
+        and not any((run / name).exists() for name in (LOCK, "config.yaml", *RUN_MARKS))
+    ):
+        raise UserError(f"run.dir = {run}: holds files, but no run; choose another folder")
 
 
 def write_run(cfg: Config, run: Path) -> None:
@@ -282,13 +309,18 @@ def executor(ready: Plan, **more: str) -> Any:
 
 @contextmanager
 def taken(run: Path) -> Iterator[None]:
-    """What submitit raises when Slurm does not take a job, as RunFailed."""
+    """For submitit: what it raises when Slurm does not take a job is RunFailed, and no job around this one shows through."""
     from submitit.core.utils import FailedJobError
 
+    before, clean = dict(os.environ), outside()
+    for name in before.keys() - clean.keys():
+        del os.environ[name]
     try:
         yield
     except FailedJobError as error:
         raise RunFailed(f"{run}: Slurm did not take the job: {' '.join(str(error).split())}") from None
+    finally:
+        os.environ |= before
 
 
 def enqueue(cfg: Config, ready: Plan, **more: str) -> str:

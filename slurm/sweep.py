@@ -21,6 +21,7 @@ from slurm.submit import (
     executor,
     live_jobs,
     note_job,
+    require_own,
     taken,
     write_run,
 )
@@ -57,7 +58,13 @@ def sweep(name: str, files: Sequence[str], words: Sequence[str], *, parallel: in
     ready = _plan(folder, todo, len(points), at_once, queue=queue)
     if not queue:
         return "\n".join([ready.script.rstrip(), "", *table, "", *ready.lines])
-    return "\n".join([*ready.lines, "", *table, "", _queue(ready, space, points, todo, at_once)])
+    with reserved(folder):
+        if with_states(folder, points, ask_slurm=not here) != points:
+            raise UserError(
+                f"run.dir = {folder}: another call has queued points of this sweep; patchmill status {folder}"
+            )
+        said = _queue(ready, space, points, todo, at_once)
+    return "\n".join([*ready.lines, "", *table, "", said])
 
 
 def configure(space: Space, files: Sequence[str], words: Sequence[str]) -> list[Point]:
@@ -92,6 +99,8 @@ def _require_same(folder: Path, points: Sequence[Point]) -> None:
     """Raises UserError when the folder has a run in it, other points, or points whose other settings differ."""
     if (folder / JOB).exists() or (folder / "log.jsonl").exists():
         raise UserError(f"run.dir = {folder}: holds a run; a sweep needs a folder of its own")
+    if not (folder / SWEEP).exists():
+        require_own(folder)
     known, new = read_json(folder / SWEEP).get("points"), {point.run.name: point.settings for point in points}
     if known is None:
         return

@@ -238,7 +238,7 @@ def test_a_second_call_does_what_is_not_done(cfg, slurm, packed: Path, tmp_path:
 
 def test_a_chain_with_a_job_is_not_queued_again(cfg, slurm, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(submit, "ask", lambda *_: (0, f"8|RUNNING|{tmp_path}/a run/slurm/knn.sh\n"))
-    with pytest.raises(UserError, match="its job 8 is running; patchmill cancel"):
+    with pytest.raises(UserError, match="its job 8 is running; scancel 8 ends it"):
         chain.chain(cfg(), dry_run=False)
     assert not [words for words in slurm if words[0] == "sbatch"]
 
@@ -267,7 +267,7 @@ def look(run: Path, state: str, reason: str = "", why: str = "") -> status.Statu
       ["failed: no usable image ({run}/slurm/prep-1.out)", *["cancelled, as prep failed"] * 3]),
      ({"1": ("COMPLETED", ""), "2": ("FAILED", ""), "3": ("CANCELLED", ""), "4": ("CANCELLED", "")},
       ["done", "failed: 3 crashes", *["cancelled, as train failed"] * 2]),
-     ({"1": ("COMPLETED", ""), "2": ("FAILED", "75"), "3": ("CANCELLED", ""), "4": ("CANCELLED", "")},
+     ({"1": ("COMPLETED", ""), "2": ("CANCELLED", "75"), "3": ("CANCELLED", ""), "4": ("CANCELLED", "")},
       ["done", "was cancelled", *["cancelled, as train was cancelled"] * 2]),
      ({"1": ("CANCELLED", ""), "2": ("CANCELLED", ""), "3": ("CANCELLED", ""), "4": ("CANCELLED", "")},
       ["was cancelled: no usable image ({run}/slurm/prep-1.out)", *["cancelled, as prep was cancelled"] * 3]),
@@ -292,9 +292,9 @@ def test_status_says_of_each_stage_how_far_it_is_or_why_not(
         for name in ("train", "val"):
             link(packed, tmp_path / f"{name}.beton")
         (run / "slurm" / "config.yaml").write_text(cfg().to_yaml())
-    if states["2"] == ("FAILED", "75"):
+    if states["2"] == ("CANCELLED", "75"):
         (run / "slurm" / "cancelled").touch()
-    why = {("FAILED", ""): "3 crashes", ("FAILED", "75"): "cancelled"}.get(states["2"], "")
+    why = {("FAILED", ""): "3 crashes", ("CANCELLED", "75"): "cancelled"}.get(states["2"], "")
     lines = chain.stages(look(run, *states["2"], why=why))
     assert lines == [f"{name:7} {job:>9}  {word.format(run=run)}"
                      for name, job, word in zip(("prep", "train", "knn", "linear"), "1234", said, strict=True)]  # fmt: skip

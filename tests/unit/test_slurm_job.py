@@ -297,3 +297,17 @@ def test_a_trainer_that_fails_fails_the_task_without_a_traceback(run: Path, monk
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert stop.value.code == 1 and json.loads((run / job.EXITS / "7-1-0.json").read_text())["code"] == 2
+
+
+def test_the_last_element_of_an_array_speaks_for_itself_only(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own number is that of the whole array: asked to requeue that, Slurm would bring all points back."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    asked, told = [], []
+    monkeypatch.setattr(job, "was_cancelled", lambda which: bool(asked.append(which)))
+    monkeypatch.setattr(
+        job.subprocess, "run", lambda words, **_: told.append(words) or subprocess.CompletedProcess(words, 0, "", "")
+    )
+    begin(run)
+    exits(run, -9, attempt="7_2-1")
+    assert end(run) == 0 and asked == ["7_2"] and told == [["scontrol", "requeue", "7_2"]]

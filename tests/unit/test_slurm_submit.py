@@ -207,6 +207,17 @@ def test_a_snapshot_is_the_tree_with_what_is_not_committed(tmp_path: Path) -> No
         and not (target / "ignored").exists()
     )
     assert len((target / "COMMIT").read_text().strip()) == 40 and "+2" in (target / "UNCOMMITTED.diff").read_text()
+    for made in (
+        "out/a/slurm/job.json",
+        "out/a/code/x.py",
+        "out/b/log.jsonl",
+        "out/lr/sweep.json",
+        "out/lr/000/y.py",
+        "out/mlflow.db",
+    ):
+        (tree / "out" / made).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "out" / made).touch()
+    assert snapshot_name(tree)[0] == other  # runs are no code
     snapshot(tree, target, ["gone"])  # it is there: nothing is done
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
@@ -253,6 +264,10 @@ def test_a_second_job_is_refused_by_what_slurm_knows(tmp_path: Path, monkeypatch
     """Whatever the run folder says: its file may be cut off, or a submit killed."""
     answer = (0, f"7|RUNNING|{tmp_path}/other/slurm/a.sh\n8|PENDING|{tmp_path}/run/slurm/submission_file_1.sh\n")
     monkeypatch.setattr(submit, "ask", lambda *_: answer)
+    with pytest.raises(UserError, match="its job 8 is pending; scancel 8 ends it"):
+        submit.require_no_job(tmp_path / "run")
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    (tmp_path / "run" / submit.JOB).write_text('{"job": "8"}')
     with pytest.raises(UserError, match="its job 8 is pending; patchmill cancel"):
         submit.require_no_job(tmp_path / "run")
     submit.require_no_job(tmp_path / "ru")
@@ -382,7 +397,53 @@ def test_status_is_what_the_log_and_slurm_say(tmp_path: Path, monkeypatch) -> No
     with (run / "log.jsonl").open("a") as file:
         file.write('\n5\n{"kind": "train"}\n')
     assert status.look(run).step == 40
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="nowhere: is not there"):
         status.find_runs([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="holds no run"):
+        status.find_runs([run / "slurm"])
     with pytest.raises(UserError, match="has no job that could be cancelled"):
         status.cancel(run, 1)
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"), [("photo.jpg", "holds files, but no run"), ("sweep.json", "holds a sweep")]
+)
+def test_a_folder_of_something_else_is_no_run(inside: str, said: str, tmp_path: Path) -> None:
+    submit.require_own(tmp_path / "new")
+    submit.require_own(tmp_path)
+    (tmp_path / inside).touch()
+    with pytest.raises(UserError, match=said):
+        submit.require_own(tmp_path)
+    (tmp_path / "log.jsonl").touch()
+    if inside == "photo.jpg":
+        submit.require_own(tmp_path)
+
+
+def test_a_file_is_no_run_s_folder(cfg: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file; choose another folder"):
+        plan(cfg(f"run.dir={tmp_path}/file/run"), queue=False)
+
+
+def test_slurms_refusal_names_the_setting(monkeypatch: Any) -> None:
+    said = "sbatch: error: Requested time limit is invalid (missing or exceeds some limit)\nallocation failure: Invalid"
+    monkeypatch.setattr(submit, "ask", lambda *_: (1, said))
+    assert list(submit.refusal("", "chain.prep")) == [
+        "slurm: Requested time limit is invalid (missing or exceeds some limit) Invalid (chain.prep.time)"
+    ]
+
+
+def test_nothing_of_a_job_around_the_submitting_shell_reaches_a_new_one(tmp_path: Path, monkeypatch: Any) -> None:
+    theirs = {
+        "SLURM_ARRAY_JOB_ID": "5",
+        "SLURM_RESTART_COUNT": "2",
+        "SLURM_MEM_PER_CPU": "1",
+        "RANK": "3",
+        "MASTER_ADDR": "x",
+    }
+    for name, value in (theirs | {"SLURM_CONF": "here"}).items():
+        monkeypatch.setenv(name, value)
+    with submit.taken(tmp_path):
+        assert os.environ["SLURM_CONF"] == "here" and not theirs.keys() & os.environ.keys()
+    assert theirs.items() <= os.environ.items()
+    assert queue.ask("env")[1].count("SLURM_") == 1
