@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(600)
 
 STEPS, EARLY = 100, 25
 TIMES = ("time", "images_per_s", "data_wait")
-LONG = "train.epochs=40"  # for what takes a while: 800 steps
+LONG, LONGER = "train.epochs=20", "train.epochs=40"  # for what takes a while: 400 and 800 steps
 SEED = 22  # of the ten disturbances: each kind comes, and five come before it trains
 SETTINGS = ["cifar10/mae", "data.loader=synthetic", "data.num_samples=320", "train.global_batch=16", "train.epochs=5",
             "data.threads=1", "log.every_steps=1", "checkpoint.every_steps=20", "guard.hang_s=20",
@@ -167,9 +167,8 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def long(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("long") / "undisturbed"
-    start(run, LONG)
+def long(request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    start(run := tmp_path_factory.mktemp("long") / "undisturbed", request.param)
     finish(cluster, run, timeout=400)
     return run
 
@@ -319,9 +318,9 @@ def test_a_run_without_progress_is_given_up(cluster, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600, func_only=True)
+@pytest.mark.parametrize("long", [LONGER], indirect=True)
 def test_a_time_limit_costs_no_step(cluster, long, tmp_path, record_property) -> None:
-    run = tmp_path / "run"
-    start(run, LONG, "slurm.time=2", "slurm.signal_lead_s=60")
+    start(run := tmp_path / "run", LONGER, "slurm.time=2", "slurm.signal_lead_s=60")
     finish(cluster, run, timeout=500)
     told = [line["time"] for line in lines(run, "stop")][:-1]  # a step and a save later
     same(run, long, record_property, "time limit", *told)
@@ -332,6 +331,7 @@ def test_a_time_limit_costs_no_step(cluster, long, tmp_path, record_property) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(600, func_only=True)
+@pytest.mark.parametrize("long", [LONG], indirect=True)
 def test_ten_disturbances_at_random_change_no_bit(cluster, long, tmp_path, record_property) -> None:
     """Half of them while it trains, half from the start of its processes on; in ten minutes."""
     run, chance, since = tmp_path / "run", random.Random(SEED), []
