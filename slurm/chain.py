@@ -348,7 +348,7 @@ def _end(run: Path, name: str, job: str) -> str:
 
 def stages(found: status.Status) -> list[str]:
     """A line a stage of a chain: how far it is, or why it is not; none for a run of `patchmill submit`."""
-    run, lines, broken, waits = found.run, list[str](), "", ""
+    run, lines, broken, waits, before = found.run, list[str](), "", "", ""
     jobs = read_json(run / CHAIN)
     if jobs:
         jobs["train"] = found.job or "-"  # `submit` may have queued it again, or nobody
@@ -359,7 +359,8 @@ def stages(found: status.Status) -> list[str]:
         word = _finished(run, name, state)
         if word is None and state in LIVE and reason != "DependencyNeverSatisfied":
             told = f"{state.lower()} ({reason})" if reason else state.lower()
-            word = f"waits for {waits}" if reason == "Dependency" and waits else told
+            word = f"waits for {waits or before}" if reason == "Dependency" else told  # or for the end of what is done
+            waits = name
         elif word is None and broken and state in (*LIVE, "CANCELLED"):
             word = f"cancelled, as {broken}"
         elif word is None:
@@ -368,7 +369,7 @@ def stages(found: status.Status) -> list[str]:
             )
             word = f"{verdict}{_why(found, name, jobs[name])}"
             broken = broken or (f"{name} {verdict}" if name not in RESULTS else "")
-        waits = name if state in LIVE else waits
+        before = name
         lines.append(f"{name:7} {jobs[name]:>9}  {word}")
     return lines
 
