@@ -312,7 +312,8 @@ def sync(
 @app.command()
 def compare(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN RUN ...", help="Run folders, or the ids of runs in MLflow.")
+        list[str] | None,
+        typer.Argument(metavar="RUN RUN ...", help="Run folders, a folder of runs, or the ids of runs in MLflow."),
     ] = None,
     uri: Annotated[
         str | None,

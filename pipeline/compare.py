@@ -16,7 +16,7 @@ from rich.text import Text
 from pipeline.config import UserError
 from pipeline.history import HELDOUT, WINDOW, Floats, History, read_folder, read_mlflow
 from pipeline.mlflow_run import redact
-from pipeline.runlog import replace_file, to_json
+from pipeline.runlog import LOG, replace_file, to_json
 from pipeline.tracking import resolve_uri
 
 RUN_ID: Final = re.compile(r"[0-9a-f]{32}")
@@ -36,8 +36,19 @@ def stores(uri: str | None, folders: Sequence[Path]) -> list[str]:
     return list(dict.fromkeys(f"sqlite:///{path}" for path in beside if path.is_file()))
 
 
+def runs_in(name: str) -> list[str]:
+    """The folders of the runs in a folder that is none itself, such as a sweep's; else the name as it is."""
+    folder = Path(name)
+    inside = [] if (folder / LOG).exists() else sorted(str(log.parent) for log in folder.glob(f"*/{LOG}"))
+    return inside or [name]
+
+
 def read_runs(names: Sequence[str], uri: str | None = None) -> list[History]:
-    """The runs, each by its folder or its MLflow id. Raises UserError for what is neither, and for a run given twice."""
+    """The runs, each by its folder, one that holds several, or its MLflow id.
+
+    Raises UserError for what is none of these, and for a run given twice.
+    """
+    names = [run for name in names for run in runs_in(name)]
     if len(names) < 2:
         raise UserError(f"compare takes two runs or more, not {len(names)}: run folders or MLflow run ids")
     folders = [Path(name) for name in names if Path(name).is_dir()]

@@ -1,6 +1,7 @@
 """The verbs for Slurm, to functions, nothing else."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -73,7 +74,8 @@ def chain(
     """Pack images (chain.train_images, chain.val_images), train and probe (chain.evals): jobs that wait for each other.
 
     The same command again queues what is not done. Where a stage fails, those after it are cancelled. With
-    slurm.executor=local all stages are one job on this host.
+    slurm.executor=local all stages are one job on this host. What the jobs beside the training ask for is in chain.prep and
+    chain.eval: partition, cpus_per_task, mem, time, directives.
 
     Example: patchmill chain cifar10/mae data.train=train.beton data.val=val.beton run.dir=runs/mae
     chain.train_images=photos/train chain.val_images=photos/val
@@ -100,7 +102,8 @@ def status(runs: Runs) -> None:
     from slurm.space import name_of
     from slurm.status import find_runs, look, replay, table
 
-    found = [look(run) for run in find_runs(runs)]
+    with ThreadPoolExecutor(16) as pool:  # a controller that does not answer is waited for
+        found = list(pool.map(look, find_runs(runs)))
     console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
     console.print(table(found))
     for run in found:

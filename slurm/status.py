@@ -193,6 +193,8 @@ def follow(run: Path, rank: int, *, forever: bool) -> Iterator[str]:
     path = log_file(run, job, rank)
     if not path.exists() and not (forever and job and slurm_state(job)[0] in LIVE):
         raise UserError(f"{path}: is not there; the job has not started, or has no rank {rank}")
+    if not path.exists():
+        yield f"patchmill: job {job} has not begun; waiting for its log (Ctrl-C ends that)"
     position, ended, silent = 0, False, False
     while True:
         if path.exists():

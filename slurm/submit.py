@@ -330,8 +330,21 @@ def enqueue(cfg: Config, ready: Plan, **more: str) -> str:
     note_job(cfg, ready.run)  # it may start before its number is known here
     with taken(ready.run):
         number: str = executor(ready, **more).submit(job.supervise, str(ready.run)).job_id
-    note_job(cfg, ready.run, job=number)
+    with noted(ready.run, number):
+        note_job(cfg, ready.run, job=number)
     return number
+
+
+@contextmanager
+def noted(run: Path, job: str) -> Iterator[None]:
+    """A job whose number cannot be written is cancelled, as nobody would find it. Raises RunFailed then."""
+    try:
+        yield
+    except OSError as error:
+        ask("scancel", job)
+        raise RunFailed(
+            f"{run}: the number of its job cannot be written ({error.strerror}); job {job} is cancelled"
+        ) from None
 
 
 def note_job(cfg: Config, run: Path, **more: str) -> None:

@@ -21,6 +21,7 @@ from slurm.submit import (
     executor,
     live_jobs,
     note_job,
+    noted,
     require_own,
     taken,
     write_run,
@@ -198,9 +199,11 @@ def _submit_array(ready: Plan, todo: Sequence[Point]) -> str:
         note_job(point.cfg, point.run, logs=logs)
     with taken(ready.run):
         jobs = executor(ready).map_array(job.supervise, [str(point.run) for point in todo])
-    for point, made in zip(todo, jobs, strict=True):
-        note_job(point.cfg, point.run, logs=logs, job=made.job_id)
-    return str(jobs[0].job_id.split("_")[0])
+    array = str(jobs[0].job_id.split("_")[0])
+    with noted(ready.run, array):
+        for point, made in zip(todo, jobs, strict=True):
+            note_job(point.cfg, point.run, logs=logs, job=made.job_id)
+    return array
 
 
 def _table(points: Sequence[Point], todo: str) -> list[str]:

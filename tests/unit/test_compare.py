@@ -556,3 +556,11 @@ def test_the_figure_is_written_where_it_is_asked_for(
     path = tmp_path / f"figure{suffix}"
     result = CliRunner().invoke(app, ["compare", str(resumed), str(rolled_back), "--out", str(path)])
     assert result.exit_code == 0 and path.read_bytes().startswith(magic) and f"drawn in {path}" in result.output
+
+
+def test_a_folder_of_runs_is_its_runs(write: Write, tmp_path: Path) -> None:
+    for name in ("lr/001", "lr/000", "one"):
+        write(name, [turn("start", 0, 0), *steps(1, 3, 10), stop(40, 3, "done")])
+    (tmp_path / "lr" / "slurm").mkdir()
+    found = read_runs([str(tmp_path / "lr"), str(tmp_path / "one")])
+    assert [run.params["run.dir"] for run in found] == [str(tmp_path / name) for name in ("lr/000", "lr/001", "one")]

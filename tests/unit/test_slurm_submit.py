@@ -447,3 +447,11 @@ def test_nothing_of_a_job_around_the_submitting_shell_reaches_a_new_one(tmp_path
         assert os.environ["SLURM_CONF"] == "here" and not theirs.keys() & os.environ.keys()
     assert theirs.items() <= os.environ.items()
     assert queue.ask("env")[1].count("SLURM_") == 1
+
+
+def test_a_job_whose_number_cannot_be_written_is_cancelled(tmp_path: Path, monkeypatch: Any) -> None:
+    told = []
+    monkeypatch.setattr(submit, "ask", lambda *words: told.append(words) or (0, ""))
+    with pytest.raises(RunFailed, match="No space left on device.; job 7 is cancelled"), submit.noted(tmp_path, "7"):
+        raise OSError(28, "No space left on device")
+    assert told == [("scancel", "7")]
