@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.test_jobs import SETTINGS, STEPS, curve, done, ended, job_of, lines, patchmill, trains
+from tests.slurm.test_jobs import SETTINGS, STEPS, curve, done, ended, job_of, lines, patchmill, trainer, trains
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -87,12 +87,15 @@ def test_elements_come_back_alone_and_are_cancelled_together(cluster: Cluster, t
     folder = tmp_path / "lr"
     space = "grid: {optim.base_lr: [1e-3, 2e-3, 4e-3]}"
     array = sweep(folder, space, "train.epochs=120", "slurm.max_crashes=3")
-    for name in ("000", "001"):
+    for name in ("000", "001", "002"):
         trains(folder / name)
+    trainer(array, 0).kill()  # of the last element, whose number in Slurm is that of the whole array
+    wait_for("its verdict", 60, lambda: ended(folder / "002"))
+    assert ended(folder / "002")[0]["requeue"] and not ended(folder / "000") and not ended(folder / "001")
     cluster.run("scancel", "--signal=USR2", f"{array}_0.0")
     cluster.run("scontrol", "requeue", f"{array}_1")
     with cluster.releasing():
-        wait_for("both back", 200, lambda: all(lines(folder / name, "resume") for name in ("000", "001")))
+        wait_for("all back", 200, lambda: all(lines(run, "resume") for run in points(folder)))
     first = [ended(folder / name)[0] for name in ("000", "001")]
     assert first[0]["reason"] == "stopped by SIGUSR2" and "requeued by Slurm" in first[1]["reason"]
     assert [line["attempt"] for line in first] == [f"{array}_0-0", f"{array}_1-0"]
