@@ -33,7 +33,8 @@ def main(turn: str, before: str, places: str, gpus: str, *command: str) -> None:
     ``gpus``: those of each place, with spaces between the places.
     """
     forwarded = signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they end what waits
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # what started it may ignore them
+        signal.signal(number, signal.SIG_DFL)
     if before:
         with open(before) as other:
             fcntl.flock(other, fcntl.LOCK_SH)

@@ -259,7 +259,8 @@ def test_the_log_of_the_rank_that_failed_first_is_found_by_the_jobs_name(tmp_pat
 
 
 def test_a_job_is_not_taken_for_a_later_process_or_one_elsewhere() -> None:
-    with subprocess.Popen(["sleep", "20"]) as process:
+    heeds = lambda: signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # noqa: E731  # other tests may have left it ignored
+    with subprocess.Popen(["sleep", "20"], preexec_fn=heeds) as process:
         job = local_job(process.pid)
         host, pid, start = queue._parts(job)
         assert slurm_state(job) == ("RUNNING", "") and (host, pid) == (socket.gethostname(), process.pid)

@@ -132,7 +132,7 @@ def test_a_dry_run_is_the_script_the_points_and_the_plan(call: Any, folder: Path
                  f"run: {folder}, ", "sweep: 3 of 3 points, 2 at a time"):  # fmt: skip
         assert line in said
     assert said.count("train: 50 steps of 64 images") == 1, "what all points say is said once"
-    assert f"python -m slurm.job {folder} 000 001 002; exit $?' EXIT" in said and not folder.parent.exists()
+    assert f" -m slurm.job {folder} 000 001 002; exit $?' EXIT" in said and not folder.parent.exists()
     assert "--array=0-2%1" in call(queued=False, parallel=1)
     assert "#SBATCH --array" not in call(queued=False, text="list: [{optim.base_lr: 1}]"), "as submitit has it"
 
