@@ -62,7 +62,7 @@ class Row:
 
 
 def measure(run: Path, warmup: int) -> Measured | None:
-    """What the log of a run says of the steps after ``warmup`` of its newest session; None where it has none of them."""
+    """What the log of a run says of the steps after ``warmup`` of its newest start; None where it has none of them."""
     from pipeline.runlog import LOG, read_log
 
     records = read_log(run / LOG) if (run / LOG).exists() else []
