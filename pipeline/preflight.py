@@ -26,6 +26,7 @@ from pipeline.check import check
 from pipeline.config import Config, ConfigError, UserError
 from pipeline.launch import World, connect, start_local
 from pipeline.memory import state
+from pipeline.metrics import device_name
 from pipeline.zero_config import swap_folder
 from pipeline.zero_memory import swap_bytes
 
@@ -228,8 +229,7 @@ def look(cfg: Config, world: World, device: torch.device) -> Findings:
     folders = dict.fromkeys((_above(Path(cfg.run.dir)), Path(tempfile.gettempdir())))
     free = {str(path): shutil.disk_usage(path).free for path in folders}
     swap = shutil.disk_usage(_above(swap_folder(cfg))).free if cfg.engine.offload == "nvme" else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return Findings(socket.gethostname(), name, same, clock, bus, free, swap, problems)
+    return Findings(socket.gethostname(), device_name(device), same, clock, bus, free, swap, problems)
 
 
 def clock_offsets(clocks: Sequence[float]) -> list[float]:

@@ -133,8 +133,7 @@ def log_of(run: Path, job: str, rank: int) -> Path:
 
 def keep(run: Path) -> int:
     """Run a job's attempts until its end, and return the exit code. A signal is passed on, and what it ends does not come back."""
-    os.environ |= {"SLURM_JOB_ID": local_job(os.getpid()), "SLURM_JOB_NODELIST": socket.gethostname()}
-    _introduce(run)
+    os.environ |= {"SLURM_JOB_ID": introduce(run), "SLURM_JOB_NODELIST": socket.gethostname()}
     adopt_orphans()
     keeper, asked, running = os.getpid(), list[int](), list[subprocess.Popen[bytes]]()
 
@@ -168,14 +167,15 @@ def keep(run: Path) -> int:
         restart += 1
 
 
-def _introduce(run: Path) -> None:
-    """Note this job's name, which the process that started it does too, unless it was killed before."""
+def introduce(run: Path) -> str:
+    """Note this job's name, which the process that started it does too, unless it was killed before; the name."""
     from pipeline.runlog import replace_file
 
-    job, early = os.environ["SLURM_JOB_ID"], run / FOLDER / "starting.out"
+    job = local_job(os.getpid())
     with suppress(FileNotFoundError):
-        early.rename(log_of(run, job, 0))
+        (run / FOLDER / "starting.out").rename(log_of(run, job, 0))
     replace_file(run / JOB, json.dumps(read_json(run / JOB) | {"job": job}).encode())
+    return job
 
 
 def chain(run: Path) -> int:
@@ -193,6 +193,7 @@ def chain(run: Path) -> int:
         for stage in running:
             stage.kill()
 
+    introduce(run)
     adopt_orphans()
     for name in todo["names"]:
         if name == "train":

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from pipeline import metrics
 from pipeline.bench.interleaved import Contestant, Figures, Progress, measure
 from pipeline.bench.methods import random_images
 from pipeline.config import Config, UserError, load_config
@@ -317,8 +318,7 @@ def this_device() -> torch.device:
 
 def device_name() -> str:
     """What the steps run on, for the report."""
-    device = this_device()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return metrics.device_name(this_device())
 
 
 def run(

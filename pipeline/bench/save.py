@@ -31,6 +31,7 @@ from pipeline import checkpoint
 from pipeline.bench.interleaved import Progress
 from pipeline.config import RunFailed, UserError
 from pipeline.launch import World
+from pipeline.metrics import device_name
 from pipeline.saver import Saver
 
 WIDTH: Final = 1024
@@ -249,8 +250,7 @@ def facts(folder: Path | None = None) -> dict[str, str]:
     where = Path(folder or tempfile.gettempdir()).resolve()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     above = next((path for path in (where, *where.parents) if path in mounts), None)
-    name = torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
-    return {"device": name, "torch_threads": str(torch.get_num_threads()),
+    return {"device": device_name(device()), "torch_threads": str(torch.get_num_threads()),
             "filesystem": mounts[above] if above is not None else "unknown"}  # fmt: skip
 
 

@@ -273,6 +273,8 @@ def look(run: Path, state: str, reason: str = "", why: str = "") -> status.Statu
       ["was cancelled: no usable image ({run}/slurm/prep-1.out)", *["cancelled, as prep was cancelled"] * 3]),
      ({"1": ("COMPLETED", ""), "2": ("COMPLETED", ""), "3": ("TIMEOUT", ""), "4": ("RUNNING", "")},
       ["done", "done", "timeout: DUE TO TIME LIMIT ({run}/slurm/knn-3.out)", "running"]),
+     ({"1": ("COMPLETED", ""), "2": ("RUNNING", ""), "3": ("PENDING", "Dependency"), "4": ("PENDING", "Dependency")},
+      ["done", "done", "waits for train", "waits for knn"]),
      ({"1": ("UNKNOWN", ""), "2": ("UNKNOWN", ""), "3": ("UNKNOWN", ""), "4": ("UNKNOWN", "")},
       ["done", "done", "is not known: Slurm does not say: DUE TO TIME LIMIT ({run}/slurm/knn-3.out)", "done, 20.00 % top-1"])],
 )  # fmt: skip
@@ -357,3 +359,12 @@ def test_the_training_takes_the_chain_s_options_besides_its_own(cfg, tmp_path: P
     assert (more["dependency"], more["reservation"], more["requeue"]) == ("afterok:1", "lab", True)
     run = tmp_path / "a run"
     assert told["run"] == str(run) and json.loads((run / "slurm" / "job.json").read_text())["job"] == "7"
+
+
+def test_a_chain_takes_no_folder_of_a_sweep(cfg, packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run" / "sweep.json").write_text("{}")
+    for name in ("train", "val"):
+        link(packed, tmp_path / f"{name}.beton")
+    with pytest.raises(UserError, match="holds a sweep; choose another folder"):
+        chain.chain(cfg("slurm.executor=local"), dry_run=False)

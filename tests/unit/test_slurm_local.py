@@ -17,7 +17,7 @@ import pytest
 from pipeline.config import Config, ConfigError, UserError, load_config
 from slurm import checks, queue, status
 from slurm.job import attempts, read_json
-from slurm.local import log_of, reserved
+from slurm.local import introduce, log_of, reserved
 from slurm.queue import local_job, slurm_state, tell
 from slurm.submit import plan
 
@@ -280,3 +280,25 @@ def test_a_job_of_slurms_keeps_its_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("slurm.local.slurm_state", lambda job: ("PENDING", "Priority"))
     with pytest.raises(UserError, match="its job 7 is pending; patchmill cancel"), reserved(tmp_path):
         pass
+
+
+def test_a_keeper_whose_submit_was_killed_says_who_it_is(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "job.json").write_text('{"world": 2}')
+    (tmp_path / "slurm" / "starting.out").write_text("early\n")
+    job = introduce(tmp_path)
+    assert json.loads((tmp_path / "slurm" / "job.json").read_text()) == {"world": 2, "job": job} and job == local_job(
+        os.getpid()
+    )
+    assert log_of(tmp_path, job, 0).read_text() == "early\n" and introduce(tmp_path) == job
+
+
+def test_what_a_job_has_started_ends_with_it_when_it_is_not_waited_for_any_more(tmp_path: Path) -> None:
+    code = ("import subprocess, sys, time\n"
+            "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+            f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\ntime.sleep(60)")  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code]) as keeper:
+        wait("its child", lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text() != "", 20)
+        child = local_job(int((tmp_path / "child").read_text()))
+        assert slurm_state(child)[0] == "RUNNING" and tell(local_job(keeper.pid), save=False) == (0, "")
+        wait("the end of both", lambda: slurm_state(child)[0] == "ENDED" and keeper.poll() is not None, 10)

@@ -455,3 +455,31 @@ def test_a_job_whose_number_cannot_be_written_is_cancelled(tmp_path: Path, monke
     with pytest.raises(RunFailed, match="No space left on device.; job 7 is cancelled"), submit.noted(tmp_path, "7"):
         raise OSError(28, "No space left on device")
     assert told == [("scancel", "7")]
+
+
+@pytest.mark.parametrize(
+    ("state", "cancelled", "begun", "shown", "why"),
+    [("FAILED", True, True, "CANCELLED", "cancelled"), ("CANCELLED", True, False, "CANCELLED", "cancelled"),
+     ("CANCELLED", False, False, "CANCELLED", "its job never began (cancelled)"),
+     ("FAILED", False, True, "FAILED", "the job was ended from outside (failed) and does not come back; submit the run again")],
+)  # fmt: skip
+def test_what_was_cancelled_is_not_told_as_a_failure(
+    state, cancelled, begun, shown, why, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / submit.JOB).write_text('{"job": "7"}')
+    if cancelled:
+        (tmp_path / "slurm" / "cancelled").touch()
+    if begun:
+        begin = {"time": 1.0, "attempt": "7-0", "event": "begin", "step": 0}
+        (tmp_path / "slurm" / "attempts.jsonl").write_text(json.dumps(begin) + "\n")
+    monkeypatch.setattr(status, "slurm_state", lambda job: (state, ""))
+    found = status.look(tmp_path)
+    assert (found.state, found.why) == (shown, why)
+
+
+def test_logs_says_what_it_waits_for(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / submit.JOB).write_text('{"job": "7"}')
+    monkeypatch.setattr(status, "slurm_state", lambda job: ("PENDING", "Priority"))
+    assert "job 7 has not begun" in next(status.follow(tmp_path, 0, forever=True))

@@ -231,6 +231,25 @@ def test_a_point_with_a_live_element_has_a_job_and_others_have_none(call: Any, f
         submit.require_no_job(folder / "001")
 
 
+def test_of_two_calls_at_once_one_queues(call: Any, folder: Path, monkeypatch: Any) -> None:
+    assemble = sweeps.assemble
+
+    def meanwhile(*words: Any, **more: Any) -> Any:  # another call, after this one has looked
+        ready = assemble(*words, **more)
+        monkeypatch.setattr(sweeps, "assemble", assemble)
+        call()
+        call.live = [f"101_{n}|RUNNING|{folder}/slurm/a.sh" for n in range(3)]
+        return ready
+
+    monkeypatch.setattr(sweeps, "assemble", meanwhile)
+    with pytest.raises(UserError, match="another call has queued points of this sweep"):
+        call()
+    assert len(call.made) == 1
+    with sweeps.reserved(folder), pytest.raises(UserError, match="is being submitted"):
+        call.live = []
+        call()
+
+
 def test_another_sweep_in_the_folder_is_refused(call: Any, folder: Path) -> None:
     call()
     with pytest.raises(
