@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.bench.cli import bench
+from pipeline.evaluate.cli import RunDir, Weights, WhichWeights, evaluate
 from slurm.cli import cancel, chain, logs, scale, status, submit, sweep
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ app = typer.Typer(
 )  # fmt: skip
 prep = typer.Typer(help="Turn images into a sealed beton file: scan, write, verify.", no_args_is_help=True,
                    rich_markup_mode=None)  # fmt: skip
-evaluate = typer.Typer(
-    help="Probe a run's encoder with labels it has never seen.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(prep, name="prep")
 app.add_typer(evaluate, name="eval")
 app.add_typer(bench, name="bench")
@@ -40,24 +38,12 @@ class Mode(StrEnum):
     proportion = "proportion"
 
 
-class Weights(StrEnum):
-    """Which of a run's weights."""
-
-    model = "model"
-    ema = "ema"
-    untrained = "untrained"
-
-
 Settings = Annotated[
     list[str],
     typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files or shipped names, then settings to change."),
 ]
 Nproc = Annotated[int, typer.Option(min=1, help="Processes to start on this host, such as one a GPU.")]
 InJob = Annotated[bool, typer.Option("--in-job", help="As every rank of a job: network, shared folder, clocks.")]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-WhichWeights = Annotated[
-    Weights, typer.Option(help="Which encoder; ema is the teacher's, untrained the same one at step 0.")
-]
 
 
 def _config(settings: list[str], defaults: dict[str, Any] | None = None) -> "Config":
@@ -235,34 +221,6 @@ def verify(
     with Progress("verify", None, "image") as progress:
         report = verify(beton, workers=workers, progress=progress.update)
     _say(report)
-
-
-@evaluate.command()
-def knn(run: RunDir, weights: WhichWeights = Weights.model) -> None:
-    """Nearest-neighbour accuracy on data.val with data.train as the memory.
-
-    Example: patchmill eval knn runs/mae --weights untrained
-    """
-    from pipeline.evaluate import probe
-
-    _say(probe(run, "knn", weights.value))
-
-
-@evaluate.command()
-def linear(
-    run: RunDir,
-    weights: WhichWeights = Weights.model,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Solve one softmax regression on the mean of patch tokens instead.")
-    ] = False,
-) -> None:
-    """Accuracy on data.val of the best of many linear heads (poolings x learning rates), chosen on a tenth of data.train.
-
-    Example: patchmill eval linear runs/mae --weights untrained
-    """
-    from pipeline.evaluate import probe
-
-    _say(probe(run, "linear" if exact else "linear_heads", weights.value))
 
 
 @app.command()

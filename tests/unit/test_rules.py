@@ -15,8 +15,8 @@ FILES = {
     for folder in FOLDERS
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-NO_TORCH = ("config", "settings", "section", "chain_settings", "keys", "order", "costs", "estimate", "memory", "planner",
-            "forecast", "zero_config", "zero_memory")  # fmt: skip
+NO_TORCH = ("config", "settings", "section", "chain_settings", "eval_settings", "method_checks", "keys", "order", "costs",
+            "estimate", "memory", "planner", "forecast", "zero_config", "zero_memory")  # fmt: skip
 HEAVY = {
     "torch",
     "torchvision",
