@@ -56,6 +56,15 @@ def _classes(cfg: Config, path: str) -> list[str]:
     return list(load_header(Path(path))["classes"])
 
 
+def num_classes(cfg: Config) -> int:
+    """How many classes the training images have. Raises UserError when there are no such images."""
+    if cfg.data.loader == "synthetic":
+        return cfg.data.num_classes
+    if cfg.data.train is None:
+        raise UserError("data.train: is required here and not set; add data.train=PATH")
+    return len(_classes(cfg, cfg.data.train))
+
+
 def require_same_classes(cfg: Config) -> None:
     """Raises UserError when the training and the validation images have not the same class index: labels would not agree."""
     if cfg.data.loader == "synthetic" or cfg.data.train is None or cfg.data.val is None:

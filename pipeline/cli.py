@@ -1,6 +1,5 @@
 """The command line: verbs to functions, nothing else. Everything heavy is imported by the verb that needs it."""
 
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -63,22 +62,9 @@ def train(settings: Settings, nproc: Nproc = 1) -> None:
 
     Example: patchmill train cifar10/mae data.train=train.beton run.dir=runs/mae train.epochs=5
     """
-    cfg = _config(settings)
-    if nproc > 1:
-        from pipeline.launch import start_local
+    from pipeline.start import start
 
-        raise typer.Exit(start_local(cfg, ["train", *settings], nproc))
-    from pipeline.stop import StopRequest
-
-    with StopRequest(ends=True) as stop:  # a signal while torch is imported is not lost either
-        from pipeline.train import train
-
-        try:
-            code = train(cfg, stop)
-        except KeyboardInterrupt:
-            sys.stderr.write("patchmill: interrupted before the state was saved; the newest checkpoint stays\n")
-            os._exit(130)  # a save that goes on must not be waited for
-    raise typer.Exit(code)
+    raise typer.Exit(start(_config(settings), ["train", *settings], nproc))
 
 
 @app.command()

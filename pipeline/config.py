@@ -15,6 +15,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
+from pipeline.eval_settings import FinetuneConfig
 from pipeline.method_checks import check_method
 from pipeline.section import Section
 from pipeline.settings import (
@@ -66,12 +67,13 @@ class ConfigError(UserError):
 # Settings that may change when a run is resumed: where things lie, how often something is said, how fast it runs.
 FREE_ON_RESUME = ("run.", "tracking.", "log.", "checkpoint.", "eval.", "guard.", "profile.", "slurm.", "chain.", "data.train",
                   "data.val", "data.jit",
-                  "data.threads", "data.stage_in", "data.eval_crop", "train.micro_batch", "engine.name", "engine.zero_stage",
+                  "data.threads", "data.stage_in", "data.eval_crop", "method.init", "train.micro_batch",
+                  "engine.name", "engine.zero_stage",
                   "engine.deepspeed.", "engine.offload", "engine.shard_size", "engine.reshard_after_forward",
                   "engine.checkpoint_layers", "engine.compile", "engine.backend", "engine.interface",
                   "engine.timeout_s")  # fmt: skip
 
-PATHS = {"run": ("dir",), "data": ("train", "val", "stage_in"), "engine": ("offload_dir",),
+PATHS = {"run": ("dir",), "method": ("init",), "data": ("train", "val", "stage_in"), "engine": ("offload_dir",),
          "chain": ("train_images", "val_images")}  # fmt: skip
 
 
@@ -262,8 +264,8 @@ def _check(cfg: Config) -> Iterable[str]:
     yield from _check_engine(cfg)
     for key in ("ema", "ema_end", "ema_batch"):
         value = getattr(optim, key)
-        if value != OptimConfig.model_fields[key].default and not isinstance(cfg.method, PCAEConfig):
-            yield f"optim.{key} = {value}: only method.name=pcae has a teacher; leave it unset"
+        if value != OptimConfig.model_fields[key].default and not isinstance(cfg.method, PCAEConfig | FinetuneConfig):
+            yield f"optim.{key} = {value}: only method.name=pcae has a teacher, and finetune may have an average; leave it unset"
 
 
 def _resolve_paths(tree: Mapping[str, Any]) -> dict[str, Any]:

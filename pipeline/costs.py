@@ -4,6 +4,7 @@ FLOPs are 2 x multiply-adds of matrix products and attention scores; softmax, no
 and the EMA are left out. Scores are counted dense: a mask saves nothing here.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -160,3 +161,23 @@ def pcae_flops(
     teacher += sum(block_flops(count, shape.width) for count in entering)
     trained = embed + encoder + bridge + decoder + head
     return Flops(trained + teacher, 3 * trained - embed + teacher)
+
+
+def finetune_tokens(num_tokens: int, depth: int, drops: Collection[int], drop_ratio: float) -> list[int]:
+    """Patch tokens that enter each block, and those that are left after the last: depth + 1 numbers.
+
+    After a block in ``drops`` floor(n x (1 - drop ratio)) stay.
+    """
+    counts = [num_tokens]
+    for block in range(depth):
+        kept = num_visible(counts[-1], drop_ratio) if block in drops else counts[-1]
+        counts.append(kept)
+    return counts
+
+
+def finetune_flops(shape: ModelShape, tokens: Sequence[int], num_classes: int, *, class_token: bool) -> Flops:
+    """A classifier with so many patch ``tokens`` in each block (``finetune_tokens``), the class token beside them."""
+    embed = embed_flops(tokens[0], shape.width, shape.patch_size)
+    blocks = sum(block_flops(count + class_token, shape.width) for count in tokens[:-1])
+    forward = embed + blocks + linear_flops(1, shape.width, num_classes)
+    return Flops(forward, 3 * forward - embed)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.crops import Crops, Int32, Resample
-from pipeline.keys import Int64, hash_integers
+from pipeline.keys import Int64
 from pipeline.order import Windows, sample_keys
 from pipeline.resample import RESAMPLE
 
@@ -194,6 +194,9 @@ class Loader(ABC):
         self._labels = labels
         self._seed = seed
         self._threads = threads
+        self.policy: Callable[[Int64, UInt8], None] | None = (
+            None  # done to images [n, 3, S, S] by their keys [n], in place
+        )
         self._running: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
     @abstractmethod
@@ -237,12 +240,17 @@ class Loader(ABC):
         size = self.crops.image_size
         images = torch.empty((len(ids), 3, size, size), dtype=torch.uint8, pin_memory=pinned)
         out = images.numpy()
+        keys, first = (sample_keys(self._seed, epoch, some) for some in (ids, np.array(batch_ids[:1], np.int64)))
         slices = [slice(k, k + SLICE) for k in range(0, len(ids), SLICE)]
-        for job in [pool.submit(self.decode, ids[some], boxes[some], out[some]) for some in slices]:
+        for job in [pool.submit(self._fill, ids[some], boxes[some], keys[some], out[some]) for some in slices]:
             job.result()
-        first = np.array(batch_ids[:1], np.int64)
-        arrays = self._labels[ids], ids, *(sample_keys(self._seed, epoch, some) for some in (ids, first))
+        arrays = self._labels[ids], ids, keys, first
         return Batch(images, *(torch.from_numpy(array) for array in arrays))
+
+    def _fill(self, ids: Int64, boxes: Int32, keys: Int64, out: UInt8) -> None:
+        self.decode(ids, boxes, out)
+        if self.policy is not None:
+            self.policy(keys, out)
 
 
 def to_planes(image: UInt8, flip: int, out: UInt8) -> None:
@@ -307,61 +315,6 @@ class FolderLoader(Loader):
             raise UserError(f"{self._source.root / path}: sample {sample_id}: {error}; {self._rescan}") from error
 
 
-VIRTUAL: Final = 256  # side of a synthetic image in pixels
-GRID: Final = 4  # colour control points along a side
-TILE: Final = 64
-
-
-class SyntheticLoader(Loader):
-    """Images that are a pure function of (seed, sample id): smooth colours, partly the class's, and noise; no files.
-
-    An image is 256 x 256 virtual pixels of which only those that a box asks for are computed, in exact integers, so
-    every machine makes the same ones. The label is the sample id modulo the number of classes.
-    """
-
-    def __init__(self, num_samples: int, num_classes: int, crops: Crops, seed: int, threads: int) -> None:
-        """Nothing is made before it is asked for."""
-        sides = np.broadcast_to(np.int64(VIRTUAL), num_samples)
-        labels = np.arange(num_samples, dtype=np.int64) % num_classes
-        name = f"synthetic-{seed}-{num_samples}-{num_classes}"
-        super().__init__(name, (sides, sides), labels, num_classes, crops, seed, threads)
-        self._noise = (hash_integers(seed, 0, np.arange(3 * TILE**2)) & 31).reshape(3, TILE, TILE)
-
-    def _colours(self, ids: Int64) -> npt.NDArray[np.float32]:
-        """Control points in 0 to 255, one third the sample's own: [n, 3, GRID, GRID]."""
-        points = np.arange(3 * GRID**2)
-        own = hash_integers(self._seed, 1, ids[:, None], points) & 255
-        shared = hash_integers(self._seed, 2, self._labels[ids, None], points) & 255
-        mixed = (own + 2 * shared) // 3
-        return mixed.reshape(-1, 3, GRID, GRID).astype(np.float32)
-
-    def _pixels(self, start: Int32, length: Int32) -> Int64:
-        """Virtual pixel coordinates, in half pixels, of the outputs along one axis: [n, S]."""
-        size = self.crops.image_size
-        steps = (2 * np.arange(size) + 1) * length[:, None].astype(np.int64) // size
-        return 2 * start[:, None].astype(np.int64) + steps
-
-    @staticmethod
-    def _weights(halves: Int64) -> npt.NDArray[np.float32]:
-        """Linear interpolation over the control points in 128ths: [n, S, GRID]."""
-        position = halves * ((GRID - 1) * 128) // (2 * VIRTUAL)
-        distance: Int64 = np.abs(position[..., None] - 128 * np.arange(GRID))
-        return np.maximum(128 - distance, 0).astype(np.float32)
-
-    def decode(self, ids: Int64, boxes: Int32, out: UInt8) -> None:
-        """As in ``Loader``."""
-        top, left, height, width, flip = boxes.T
-        rows, cols = self._pixels(top, height), self._pixels(left, width)
-        cols = np.where(flip[:, None] == 1, cols[:, ::-1], cols)
-        # Sums of products of small integers: below 2^24, hence exact in float32 in whatever order they are added.
-        down = self._weights(rows)[:, None] @ self._colours(ids)
-        smooth = (down @ self._weights(cols)[:, None].swapaxes(-1, -2)).astype(np.int32)
-        shift = hash_integers(self._seed, 3, ids) & (TILE - 1)
-        for k in range(len(ids)):
-            tile = self._noise[:, (rows[k] // 2 + shift[k])[:, None] % TILE, (cols[k] // 2 + 3 * shift[k]) % TILE]
-            out[k] = (smooth[k] * 7 >> 17) + tile
-
-
 def open_loader(
     kind: Kind,
     path: str | Path | None,
@@ -389,6 +342,8 @@ def open_loader(
     """
     crops = Crops(image_size, augment, crop_scale, flip, eval_crop, decode == "scaled", resample)
     if kind == "synthetic":
+        from pipeline.synthetic import SyntheticLoader
+
         return SyntheticLoader(num_samples, num_classes, crops, seed, threads)
     if path is None:
         raise UserError(f"the {kind} loader needs a path: {'a sealed beton' if kind == 'ffcv' else 'a manifest'}")

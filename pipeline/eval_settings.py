@@ -1,10 +1,10 @@
 """The settings of `patchmill eval`, and of what is evaluated during pretraining."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from pipeline.section import Positive, Rate, Section
+from pipeline.section import Fraction01, NonNegative, Positive, Rate, Section
 
 
 class EvalConfig(Section):
@@ -26,3 +26,39 @@ class EvalConfig(Section):
     linear_lrs: Annotated[
         tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Strict(False), Field(min_length=1)
     ] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+class FinetuneConfig(Section):
+    """Fine-tuning of a pretrained encoder with labels, on the mean of its patch tokens, a norm and a linear layer (MAE's recipe).
+
+    ``init``: the run whose encoder it starts from, of its ``init_weights``; null is from scratch. ``num_classes``,
+    ``class_token`` and ``position_grid``, the patches a side of the images that it was pretrained on (null: as here), are
+    set by `patchmill eval finetune`. After each block of ``drop_after`` (from 0; null: the first and that at 7/12 of the depth)
+    a share ``drop_ratio`` of the patch tokens leaves, those most like the mean (PCAE's compression). ``mixup`` and
+    ``cutmix`` are the alphas of their Beta distributions, one of the two a batch; ``erase`` the probability of random erasing;
+    ``rand_augment`` timm's name of a policy, such as rand-m9-mstd0.5-inc1.
+    """
+
+    name: Literal["finetune"]
+    init: str | None = None
+    init_weights: Literal["model", "ema"] = "model"
+    num_classes: Annotated[int, Field(ge=2)]
+    class_token: bool = True
+    position_grid: Positive | None = None
+    drop_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_after: Annotated[tuple[NonNegative, ...], Strict(False), Field(min_length=1)] | None = None
+    mixup: Rate = 0.0
+    cutmix: Rate = 0.0
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    erase: Fraction01 = 0.0
+    rand_augment: str | None = None
+
+    @property
+    def decoder_depth(self) -> int:
+        """There is no decoder."""
+        return 0
+
+    def drops(self, depth: int) -> tuple[int, ...]:
+        """The blocks after which tokens leave, ascending."""
+        placed = (0, 7 * depth // 12) if self.drop_after is None else self.drop_after
+        return tuple(sorted(set(placed))) if self.drop_ratio else ()

@@ -22,7 +22,7 @@ MIX_2: Final = 0x94D049BB133111EB
 TAGS: Final[dict[str, int]] = {
     "crop": 1, "flip": 2, "mask": 3, "segment": 4, "order": 5, "drop_path": 6, "init": 7, "blob": 8, "partition": 9,
     "shuffle": 10, "prefix": 11, "token_drop": 12, "selection": 13,
-    "page": 14, "window": 15,
+    "page": 14, "window": 15, "mix": 16, "augment": 17,
 }  # fmt: skip
 
 _U64 = np.uint64

@@ -24,6 +24,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from data_prep.workers import die_with
 from pipeline.config import Config, RankLost, UserError, flatten
+from pipeline.eval_settings import FinetuneConfig
 
 Value = TypeVar("Value")
 
@@ -123,6 +124,10 @@ class Portion:
         if share % micro:
             raise UserError(f"train.micro_batch = {micro}: should divide {share}, the images of each of {world.size} processes "
                             f"in a batch of {batch}; take {math.gcd(share, micro)}")  # fmt: skip
+        if isinstance(cfg.method, FinetuneConfig) and (cfg.method.mixup or cfg.method.cutmix) and micro % 2:
+            raise UserError(
+                f"train.micro_batch = {micro}: should be even: method.mixup and method.cutmix mix pairs of images"
+            )
         return cls(slice(world.rank * share, (world.rank + 1) * share), micro, share // micro)
 
 

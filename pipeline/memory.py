@@ -11,8 +11,9 @@ from typing import Final, Literal, NamedTuple
 
 from pipeline.config import Config
 from pipeline.costs import num_visible, teacher_schedule
-from pipeline.estimate import randsac_tokens
-from pipeline.settings import PCAEConfig, RandSACConfig
+from pipeline.estimate import classifier_tokens, randsac_tokens
+from pipeline.eval_settings import FinetuneConfig
+from pipeline.settings import MAEConfig, OptimConfig, PCAEConfig, RandSACConfig
 
 EngineName = Literal["single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
 Checkpointing = Literal["none", "full", "selective"] | int
@@ -33,9 +34,26 @@ class Parameter(NamedTuple):
         return prod(self.shape)
 
 
-def takes_decay(name: str, shape: tuple[int, ...]) -> bool:
-    """Weight decay is for matrices and tokens: not for biases, norms (MAE's rule) or RandSAC's skip weights."""
-    return len(shape) > 1 and not name.endswith((".bias", ".skip"))
+def takes_decay(name: str, shape: tuple[int, ...], optim: OptimConfig) -> bool:
+    """Weight decay is for matrices and tokens: not for biases, norms (MAE's rule) or RandSAC's skip weights.
+
+    With ``layer_decay`` it is not for the encoder's token and positions either (BEiT's rule for fine-tuning).
+    """
+    apart = (".bias", ".skip") if optim.layer_decay is None else (".bias", ".skip", ".cls_token", ".pos_embed")
+    return len(shape) > 1 and not name.endswith(apart)
+
+
+def rate_scale(name: str, depth: int, optim: OptimConfig) -> float:
+    """What a parameter's learning rate is multiplied by: 1, or layer_decay^(depth + 1 - l).
+
+    l is 0 for what comes before the blocks, i + 1 in block i, depth + 1 behind them (BEiT, Bao et al., ICLR 2022).
+    """
+    if optim.layer_decay is None:
+        return 1.0
+    parts = name.removeprefix("encoder.").split(".")
+    before = parts[0] in ("cls_token", "pos_embed", "patch_embed")
+    layer = int(parts[1]) + 1 if parts[0] == "blocks" else 0 if before else depth + 1
+    return float(optim.layer_decay ** (depth + 1 - layer))
 
 
 def _norm(name: str, width: int) -> list[Parameter]:
@@ -73,20 +91,26 @@ def _cross_block(name: str, width: int, memory: int, *, self_attention: bool, no
 
 def _encoder(cfg: Config) -> Iterator[Parameter]:
     method, shape = cfg.method, cfg.shape
-    class_token = not isinstance(method, RandSACConfig)
+    tuned = method if isinstance(method, FinetuneConfig) else None
+    class_token = tuned.class_token if tuned else not isinstance(method, RandSACConfig)
     if class_token:
         yield Parameter("encoder.cls_token", (1, 1, shape.width))
-    yield Parameter("encoder.pos_embed", (1, cfg.grid**2 + class_token, shape.width), trained=False)
+    yield Parameter("encoder.pos_embed", (1, cfg.grid**2 + class_token, shape.width), trained=tuned is not None)
     yield Parameter("encoder.patch_embed.proj.weight", (shape.width, 3, shape.patch_size, shape.patch_size))
     yield Parameter("encoder.patch_embed.proj.bias", (shape.width,))
     for index in range(shape.depth):
         yield from _block(f"encoder.blocks.{index}", shape.width)
+    if tuned:
+        yield from [*_norm("encoder.fc_norm", shape.width), *_linear("encoder.head", shape.width, tuned.num_classes)]
+        return
     unused = isinstance(method, RandSACConfig) and method.skip != "none"  # the decoder reads the blocks' raw outputs
     yield from (p._replace(trained=not unused) for p in _norm("encoder.norm", shape.width))
 
 
 def _decoder(cfg: Config) -> Iterator[Parameter]:
     method, encoder, tokens = cfg.method, cfg.shape.width, cfg.grid**2
+    if isinstance(method, FinetuneConfig):
+        return
     width, pixels = method.decoder_width, 3 * cfg.shape.patch_size**2
     if isinstance(method, RandSACConfig):
         if method.query_token:
@@ -115,8 +139,8 @@ def parameters(cfg: Config) -> list[Parameter]:
 
 
 def averaged(cfg: Config) -> list[Parameter]:
-    """The parameters that the teacher's average follows: the encoder's trained ones for PCAE, else none."""
-    return [p for p in _encoder(cfg) if p.trained] if isinstance(cfg.method, PCAEConfig) else []
+    """The parameters that an average follows: the encoder's trained ones where there is one (``optim.ema``), else none."""
+    return [p for p in _encoder(cfg) if p.trained] if cfg.optim.ema is not None else []
 
 
 def compute_bytes(cfg: Config) -> int:
@@ -186,10 +210,10 @@ def _cross_layer(cfg: Config, method: RandSACConfig, queries: int, memory: int, 
     return Layer(kept + own + normed * (read + 8 * memory), row + own, products)
 
 
-def _masked(cfg: Config) -> tuple[list[Layer], int]:
+def _masked(cfg: Config, method: MAEConfig | PCAEConfig) -> tuple[list[Layer], int]:
     """Layers of MAE or PCAE, and the bytes that are kept of an image outside them."""
-    method, shape, size = cfg.method, cfg.shape, compute_bytes(cfg)
-    visible = num_visible(cfg.grid**2, method.mask_ratio)  # type: ignore[union-attr]
+    shape, size = cfg.shape, compute_bytes(cfg)
+    visible = num_visible(cfg.grid**2, method.mask_ratio)
     queries, pixels = cfg.grid**2 - visible, 3 * shape.patch_size**2
     target = FP32 * queries * pixels
     if isinstance(method, PCAEConfig):
@@ -216,6 +240,17 @@ def _segmented(cfg: Config, method: RandSACConfig) -> tuple[list[Layer], int]:
     return layers, ends * size + FP32 * queries * pixels
 
 
+def _classifier(cfg: Config, method: FinetuneConfig) -> tuple[list[Layer], int]:
+    """Layers of fine-tuning, and the bytes that are kept of an image outside them."""
+    shape, size, counts = cfg.shape, compute_bytes(cfg), classifier_tokens(cfg, method)
+    layers = [_self_layer(count + method.class_token, shape.width, shape.heads, size) for count in counts[:-1]]
+    copies = sum(
+        count + method.class_token for before, count in zip(counts, counts[1:], strict=False) if before != count
+    )
+    ends = counts[0] * 3 * shape.patch_size**2 + copies * shape.width
+    return layers, ends * size + 2 * FP32 * method.num_classes
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes an image: ``kept`` from the forward to the backward pass, and ``working``, what the largest layer needs meanwhile."""
@@ -232,7 +267,12 @@ class Activations:
 def activations(cfg: Config, checkpointing: Checkpointing) -> Activations:
     """Bytes of activations an image with these layers computed again (as ``engine.checkpoint_layers``)."""
     method = cfg.method
-    layers, ends = _segmented(cfg, method) if isinstance(method, RandSACConfig) else _masked(cfg)
+    if isinstance(method, FinetuneConfig):
+        layers, ends = _classifier(cfg, method)
+    elif isinstance(method, RandSACConfig):
+        layers, ends = _segmented(cfg, method)
+    else:
+        layers, ends = _masked(cfg, method)
     kept = ends
     for index, layer in enumerate(layers):
         if checkpointing == "none" or (isinstance(checkpointing, int) and index % checkpointing):

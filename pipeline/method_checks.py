@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable
 
-from pipeline.costs import num_visible, teacher_schedule
+from pipeline.costs import finetune_tokens, num_visible, teacher_schedule
+from pipeline.eval_settings import FinetuneConfig
 from pipeline.settings import Config, MAEConfig, PCAEConfig, RandSACConfig
 
 
 def check_method(cfg: Config) -> Iterable[str]:
     """Every problem of the method's settings, each a line that names the key."""
     method, grid, shape = cfg.method, cfg.grid, cfg.shape
+    if isinstance(method, FinetuneConfig):
+        yield from _check_finetune(cfg, method)
+        return
     if method.decoder_width % (2 * method.decoder_heads):
         yield (f"method.decoder_width = {method.decoder_width}: should be a multiple of 2 x method.decoder_heads "
                f"({method.decoder_heads})")  # fmt: skip
@@ -27,6 +31,16 @@ def check_method(cfg: Config) -> Iterable[str]:
         elif not teacher_schedule(grid**2 - visible, shape.depth, method.stages, method.keep_ratio)[1]:
             yield (f"method.keep_ratio = {method.keep_ratio}: keeps none of {grid**2 - visible} masked patches "
                    f"after {method.stages} stages; raise it or lower method.stages")  # fmt: skip
+        yield from _check_average(cfg)
+
+
+def _check_finetune(cfg: Config, method: FinetuneConfig) -> Iterable[str]:
+    depth, drops = cfg.shape.depth, method.drops(cfg.shape.depth)
+    if drops and drops[-1] >= depth:
+        yield f"method.drop_after = {list(drops)}: should be below {depth}, the blocks of {cfg.model.name}, counted from 0"
+    elif not all(finetune_tokens(cfg.grid**2, depth, drops, method.drop_ratio)):
+        yield f"method.drop_ratio = {method.drop_ratio}: leaves no patch after {len(drops)} drops; lower it"
+    if cfg.optim.ema is not None:
         yield from _check_average(cfg)
 
 

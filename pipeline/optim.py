@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.memory import takes_decay
+from pipeline.memory import rate_scale, takes_decay
 from pipeline.settings import OptimConfig
 
 FIRST_SCALE: Final = 2.0**16
@@ -15,14 +15,21 @@ SCALES: Final = (1.0, 2.0**24)
 GROWTH_STEPS: Final = 2000
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that are trained, its moments made at once so that the state always has one shape."""
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: OptimConfig, depth: int) -> torch.optim.AdamW:
+    """Fused AdamW over the parameters that are trained, its moments made at once so that the state always has one shape.
+
+    A group's ``scale`` is what its rate is multiplied by; ``depth`` of the encoder, in blocks.
+    """
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in trained if takes_decay(n, p.shape)], "weight_decay": settings.weight_decay},
-        {"params": [p for n, p in trained if not takes_decay(n, p.shape)], "weight_decay": 0.0},
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        kind = not takes_decay(name, parameter.shape, settings), rate_scale(name, depth, settings)
+        groups.setdefault(kind, []).append(parameter)
+    described = [
+        {"params": groups[kind], "weight_decay": 0.0 if kind[0] else settings.weight_decay, "scale": kind[1]}
+        for kind in sorted(groups)
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
+    optimizer = torch.optim.AdamW(described, lr=0.0, betas=settings.betas, fused=True)
     for _, parameter in trained:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

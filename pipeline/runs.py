@@ -17,6 +17,7 @@ from torch import nn
 from pipeline import checkpoint
 from pipeline.config import Config, UserError, binding_differences, load_config
 from pipeline.data import Loader, decode_threads, open_loader
+from pipeline.eval_settings import FinetuneConfig
 from pipeline.methods import build_method
 from pipeline.methods.common import Method
 from pipeline.metrics import Progress
@@ -105,13 +106,18 @@ def open_images(cfg: Config, which: Literal["train", "val"], *, augment: bool) -
     if path is None and data.loader != "synthetic":
         raise UserError(f"data.{which}: is required here and not set; add data.{which}=PATH")
     steps = cfg.train.steps
-    return open_loader(
+    loader = open_loader(
         data.loader, _staged(path, data.stage_in), image_size=data.image_size, seed=cfg.train.seed, augment=augment,
         crop_scale=data.crop_scale, flip=data.flip, eval_crop=data.eval_crop, decode=data.decode, resample=data.resample,
         threads=decode_threads(data.threads)[0], jit=data.jit if augment or data.jit != "auto" else "off",
         num_samples=data.num_samples, num_classes=data.num_classes,
         expected_images=steps * cfg.train.global_batch if steps else None,
     )  # fmt: skip
+    if augment and isinstance(cfg.method, FinetuneConfig):
+        from pipeline.augment import build_policy
+
+        loader.policy = build_policy(cfg.method, data.image_size)
+    return loader
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pydantic import Field, Strict
 
 from pipeline.chain_settings import ChainConfig
 from pipeline.costs import MODELS, ModelShape
-from pipeline.eval_settings import EvalConfig
+from pipeline.eval_settings import EvalConfig, FinetuneConfig
 from pipeline.section import (
     Fraction01,
     Interval,
@@ -111,7 +111,8 @@ class MAEConfig(Section):
 
 
 # A method's settings by its name: one line here and one in the union of ``Config.method``.
-METHOD_CONFIGS: dict[str, type[Section]] = {"randsac": RandSACConfig, "pcae": PCAEConfig, "mae": MAEConfig}
+METHOD_CONFIGS: dict[str, type[Section]] = {"randsac": RandSACConfig, "pcae": PCAEConfig, "mae": MAEConfig,
+                                            "finetune": FinetuneConfig}  # fmt: skip
 
 
 class ModelConfig(Section):
@@ -165,7 +166,9 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """AdamW: lr = base_lr x global_batch / 256, linear warm-up, half-cosine to 0.
 
-    The teacher's momentum goes from ``ema`` to ``ema_end``. With ``ema_batch``, the batch they are meant for, 1 - momentum is
+    ``layer_decay``, for fine-tuning: the rate of the head's, that of each block below is so many times the one above; class
+    token and positions then have no weight decay (BEiT's rule, Bao et al. 2022). The average's momentum goes from ``ema`` to
+    ``ema_end``. With ``ema_batch``, the batch they are meant for, 1 - momentum is
     scaled by global_batch / ema_batch: the average then spans the same number of images at any batch.
     """
 
@@ -175,6 +178,7 @@ class OptimConfig(Section):
     warmup_epochs: NonNegative | None = None
     warmup_steps: NonNegative | None = None
     clip: Annotated[float, Field(gt=0)] | None = None
+    layer_decay: Ratio | None = None
     ema: Fraction01 | None = None
     ema_end: Fraction01 = 1.0
     ema_batch: Positive | None = None
@@ -313,7 +317,7 @@ class Config(Section):
     """A whole run's settings; build it with ``load_config``."""
 
     run: RunConfig
-    method: Annotated[RandSACConfig | PCAEConfig | MAEConfig, Field(discriminator="name")]
+    method: Annotated[RandSACConfig | PCAEConfig | MAEConfig | FinetuneConfig, Field(discriminator="name")]
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig

@@ -93,7 +93,7 @@ def update(
     micro, parts = portion.micro, dict[str, list[Tensor]]()
     for index in range(portion.num_micro):
         part = slice(index * micro, (index + 1) * micro)
-        draw = engine.method.draw(batch.keys[part], batch.batch_key)
+        draw = engine.method.draw(batch.keys[part], batch.batch_key, batch.labels[part])
         logs = engine.micro_step(batch.images[part], draw, portion.num_micro, index == portion.num_micro - 1)
         for name, value in logs.items():
             parts.setdefault(name, []).append(value)

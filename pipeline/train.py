@@ -20,8 +20,10 @@ from pipeline.config import Config, RunFailed, UserError, flatten
 from pipeline.data import Batches, decode_threads
 from pipeline.engine import Engine, build_engine
 from pipeline.estimate import flops_per_image
+from pipeline.eval_settings import FinetuneConfig
+from pipeline.evaluate.finetune import require_labels, start_from
 from pipeline.guard import Agreement, Heartbeat, NonFinite, NonFiniteGuard, Stragglers
-from pipeline.heldout import HeldOut
+from pipeline.heldout import open_heldout
 from pipeline.launch import Portion, World, connect
 from pipeline.metrics import Progress, device_name, peak_gib, setup_logging
 from pipeline.optim import lr_at, momentum_at
@@ -57,9 +59,10 @@ class Trainer:
             self.portion = Portion.of(cfg, world)
             self.loader = open_images(cfg, "train", augment=True)
             self.plan = Plan.of(cfg, self.loader.num_samples)
-            self.heldout = HeldOut(cfg) if cfg.eval.loss_every else None
+            require_labels(cfg, self.loader.num_classes)
+            self.heldout = open_heldout(cfg)
         self._require_same_images()
-        self.restarts, self.rollbacks, self.trouble, self.save_owed = 0, 0, 0, False
+        self.restarts, self.rollbacks, self.trouble, self.save_owed, self.heldout_step = 0, 0, 0, False, 0
         self.profiler = Profiler(cfg, folder, world)
         self._take_up()
         self.sink: MlflowSink | Silent = Silent()
@@ -92,8 +95,9 @@ class Trainer:
 
         ``before_streak``: where steps that were not finite had begun, that is the state before the first of them.
         """
+        cfg, self.origin = self.cfg, dict[str, Any]()
         with self.world.together():
-            self.engine: Engine = build_engine(self.cfg, self.device)
+            self.engine: Engine = build_engine(cfg, self.device)
         began = time.perf_counter()
         with self.world.together():
             chosen = checkpoint.choose(self.checkpoints) if self.world.is_main else None
@@ -102,6 +106,8 @@ class Trainer:
         with self.world.together():
             if path is not None:
                 self._load(path, state)
+            elif isinstance(cfg.method, FinetuneConfig) and cfg.method.init:
+                self.origin = start_from(self.engine, Path(cfg.method.init), cfg.method.init_weights)
         self.load_s = time.perf_counter() - began
         streak = state.get("nonfinite_streak", 0)
         self.guard = NonFiniteGuard(self.cfg.guard.max_nonfinite, 0 if before_streak else streak)
@@ -170,7 +176,7 @@ class Trainer:
         self.run_log.write(kind, step=self.step, total_steps=plan.total_steps, lr=cfg.lr, base_lr=cfg.optim.base_lr,
                            engine=layout, processes=self.world.size, precision=engine.precision, micro_batch=self.portion.micro,
                            load_s=self.load_s, flops_per_image=flops_per_image(cfg).step, device=device_name(self.device),
-                           versions=_versions())  # fmt: skip
+                           versions=_versions(), **self.origin)  # fmt: skip
         log.info("%s %s %s: step %d of %d, %d images, batch %d, lr %.3g (base_lr %.3g x %d / 256); %s, "
                  "processes: %d, %s", kind, cfg.method.name, cfg.model.name, self.step, plan.total_steps, self.loader.num_samples,
                  cfg.train.global_batch, cfg.lr, cfg.optim.base_lr, cfg.train.global_batch, layout, self.world.size,
@@ -273,11 +279,11 @@ class Trainer:
     def _held_out(self) -> None:
         assert self.heldout is not None
         self.heart.beat("held-out loss", self.step)
-        loss = self.heldout.loss(self.engine, self.portion, self.world)
-        line = self.run_log.write("eval", step=self.step, heldout_loss=loss, heldout_images=self.heldout.num_images)
+        found, self.heldout_step = self.heldout.measure(self.engine, self.portion, self.world), self.step
+        line = self.run_log.write("eval", step=self.step, **found)
         if not self.guard.streak:  # else it may be rolled back, and MLflow forgets nothing; sync sends what stays
             self.sink.log(self.step, line)
-        log.info("step %d: loss %.4f on %d held-out images", self.step, loss, self.heldout.num_images)
+        log.info("step %d: %s", self.step, ", ".join(f"{name} {value:g}" for name, value in found.items()))
         self.buffer.flush()  # the pause is not training time
 
     def _roll_back(self, found: NonFinite) -> None:
@@ -330,6 +336,8 @@ class Trainer:
         peak: dict[str, float] = {}
         if done:
             peak = {"peak_gib": max(self.world.gather(peak_gib(self.device)))}  # of training, without the figure
+            if self.heldout is not None and self.heldout.at_end and self.heldout_step != self.step:
+                self._held_out()
             self.heart.beat("figure", self.step)
             self._figure()
         self.heart.beat("end", self.step)
@@ -348,7 +356,7 @@ class Trainer:
         ids = np.linspace(0, self.loader.num_samples - 1, min(num_images, self.loader.num_samples)).astype(np.int64)
         with self.loader.batches(iter([(0, ids)])) as batches:
             batch = next(iter(batches))
-        figure = self.engine.call("figure", batch.images, self.engine.method.draw(batch.keys))
+        figure = self.engine.call("figure", batch.images, self.engine.method.draw(batch.keys, labels=batch.labels))
         if self.world.is_main:
             path = self.folder / "figures" / f"{self.cfg.method.name}_step{self.step:08d}.png"
             try:

@@ -87,15 +87,18 @@ def standardise(rows: Tensor) -> Tensor:
     return (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def sincos_2d(grid: int, width: int, *, class_token: bool) -> Tensor:
+def sincos_2d(grid: int, width: int, *, class_token: bool, stretched_from: int | None = None) -> Tensor:
     """Fixed positions fp32 [1, N (+1), width]: half the channels encode the column, half the row; base 10000 (as MAE).
 
-    The class token's row, first when asked for, is zeros. Raises ValueError unless ``width`` is a multiple of 4.
+    The class token's row, first when asked for, is zeros. ``stretched_from``: those of a grid of so many patches a side,
+    read between its points, as if they were interpolated for images of another size. Raises
+    ValueError unless ``width`` is a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"2-D sin-cos positions need a width that is a multiple of 4, not {width}")
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    place = torch.arange(grid, dtype=torch.float64)
+    step = 1 if stretched_from is None else stretched_from / grid
+    place = (torch.arange(grid, dtype=torch.float64) + 0.5) * step - 0.5
     row, column = place.repeat_interleave(grid), place.repeat(grid)
     angles = [axis[:, None] * frequency for axis in (column, row)]
     table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
@@ -130,10 +133,11 @@ class KeyedBlock(Block):
         return x + _times(self.mlp(self.norm2(x)), mlp)
 
 
-def encoder_kwargs(shape: Any, image_size: int, *, class_token: bool) -> dict[str, Any]:
-    """The keyword arguments of ``timm.create_model(shape.timm_name, ...)`` that give this encoder."""
+def encoder_kwargs(shape: Any, image_size: int, *, class_token: bool, num_classes: int = 0) -> dict[str, Any]:
+    """The keyword arguments of ``timm.create_model(shape.timm_name, ...)`` that give this encoder, or a classifier with it."""
     return {"img_size": image_size, "patch_size": shape.patch_size, "embed_dim": shape.width, "depth": shape.depth,
-            "num_heads": shape.heads, "class_token": class_token, "global_pool": "", "num_classes": 0}  # fmt: skip
+            "num_heads": shape.heads, "class_token": class_token, "global_pool": "avg" if num_classes else "",
+            "num_classes": num_classes}  # fmt: skip
 
 
 def build_encoder(
@@ -143,9 +147,10 @@ def build_encoder(
     class_token: bool,
     drop_path: float,
     kind: type[VisionTransformer] = VisionTransformer,
+    num_classes: int = 0,
 ) -> VisionTransformer:
-    """An encoder with empty weights and frozen positions; see ``initialise``."""
-    options = encoder_kwargs(shape, image_size, class_token=class_token)
+    """An encoder with empty weights and frozen positions; see ``initialise``. With ``num_classes`` it is a classifier."""
+    options = encoder_kwargs(shape, image_size, class_token=class_token, num_classes=num_classes)
     encoder = kind(block_fn=KeyedBlock, drop_path_rate=drop_path, norm_layer=LayerNorm, weight_init="skip", **options)
     encoder.pos_embed.requires_grad_(False)
     return encoder

@@ -9,7 +9,18 @@ from math import ceil
 from typing import Final, NamedTuple
 
 from pipeline.config import Config
-from pipeline.memory import FP32, Parameter, State, averaged, compute_bytes, layer_sizes, parameters, part, takes_decay
+from pipeline.memory import (
+    FP32,
+    Parameter,
+    State,
+    averaged,
+    compute_bytes,
+    layer_sizes,
+    parameters,
+    part,
+    rate_scale,
+    takes_decay,
+)
 
 REDUCED_AT_ONCE: Final = 500_000_000  # numbers; the bf16 optimizer of stage 1 knows no setting for it
 REUSED: Final = 1_000_000_000  # numbers; a layer that stage 3 needs again within them stays gathered
@@ -32,12 +43,13 @@ class Traffic(NamedTuple):
 
 
 def groups(cfg: Config) -> list[list[Parameter]]:
-    """The trained parameters as they share flat buffers: by whether the average follows them, then by weight decay."""
+    """The trained parameters as they share flat buffers: by whether the average follows them, by weight decay and rate."""
     followed = {item.name for item in averaged(cfg)}
-    found: dict[tuple[bool, bool], list[Parameter]] = {}
+    found: dict[tuple[bool, bool, float], list[Parameter]] = {}
     for item in parameters(cfg):
         if item.trained:
-            kind = item.name not in followed, not takes_decay(item.name, item.shape)
+            apart = not takes_decay(item.name, item.shape, cfg.optim)
+            kind = item.name not in followed, apart, rate_scale(item.name, cfg.shape.depth, cfg.optim)
             found.setdefault(kind, []).append(item)
     return [found[kind] for kind in sorted(found)]
 

@@ -23,14 +23,13 @@ TINY = {
     "data.image_size": 32,
     "train.global_batch": 8,
     "train.steps": 10,
-    "method.decoder_depth": 1,
-    "method.decoder_width": 96,
-    "method.decoder_heads": 3,
 }
+DECODER = {"method.decoder_depth": 1, "method.decoder_width": 96, "method.decoder_heads": 3}
 TINY_METHOD = {
-    "randsac": {"method.segment_size": 2, "method.partition_size": 2},
-    "pcae": {"optim.ema": 0.99},
-    "mae": {},
+    "randsac": {"method.segment_size": 2, "method.partition_size": 2, **DECODER},
+    "pcae": {"optim.ema": 0.99, **DECODER},
+    "mae": DECODER,
+    "finetune": {"method.num_classes": 10},
 }
 
 

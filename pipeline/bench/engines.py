@@ -162,7 +162,7 @@ def bare_step(cfg: Config, images: Tensor, draw: Draw, wrap: Callable[[nn.Module
     device = images.device
     method = build_method(cfg, device)
     module, trained = wrap(method), [p for p in method.parameters() if p.requires_grad]
-    optimizer, teacher = build_optimizer(method.named_parameters(), cfg.optim), method.build_teacher()
+    optimizer, teacher = build_optimizer(method.named_parameters(), cfg.optim, cfg.shape.depth), method.build_teacher()
     average: list[Tensor] = []
     followed: list[Tensor] = []
     if teacher is not None:

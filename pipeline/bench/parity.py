@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.config import Config, UserError, load_config
 
-METHODS: Final = ("mae", "pcae", "randsac")
+METHODS: Final = ("mae", "pcae", "randsac", "finetune")
 # name: (processes, settings)
 ENGINES: Final[dict[str, tuple[int, dict[str, Any]]]] = {
     "single": (1, {"engine.name": "single"}),
@@ -46,10 +46,13 @@ ENGINES: Final[dict[str, tuple[int, dict[str, Any]]]] = {
 SETTINGS: Final = {
     "run.dir": "parity", "model.name": "vit_p", "data.loader": "synthetic", "data.image_size": 32, "data.threads": 1,
     "model.drop_path": 0.1,
-    "method.decoder_depth": 1, "method.decoder_width": 96, "method.decoder_heads": 3,
 }  # fmt: skip
+DECODER: Final = {"method.decoder_depth": 1, "method.decoder_width": 96, "method.decoder_heads": 3}
 OF_METHOD: Final[dict[str, dict[str, Any]]] = {
-    "mae": {}, "pcae": {"optim.ema": 0.9}, "randsac": {"method.segment_size": 2, "method.partition_size": 2},
+    "mae": DECODER, "pcae": {"optim.ema": 0.9, **DECODER},
+    "randsac": {"method.segment_size": 2, "method.partition_size": 2, **DECODER},
+    "finetune": {"method.num_classes": 10, "method.smoothing": 0.1, "method.drop_ratio": 0.3, "method.erase": 0.25,
+                 "optim.layer_decay": 0.75, "optim.ema": 0.9},
 }  # fmt: skip
 LR, CLIP, MOMENTUM, NUM_MICRO, BATCH = 1e-3, 0.5, 0.9, 2, 8
 PRECISIONS: Final = ("fp32", "bf16")
@@ -212,7 +215,7 @@ def run_case(case: Case, steps: int) -> Trace:
     with loader.batches(iter([(0, np.arange(2))])) as batches:
         batch = next(batches)
     loader.close()
-    asked = batch.images, engine.method.draw(batch.keys)
+    asked = batch.images, engine.method.draw(batch.keys, labels=batch.labels)
     figure = torch.from_numpy(np.array(engine.call("figure", *asked)))
     seen = {"pred": engine.call("predict", *asked).pred.contiguous(), "figure": figure}
     return Trace(losses, norms, digest.hexdigest(), average(), first, seen)

@@ -25,7 +25,7 @@ from pipeline.engine.layers import checkpoint_layers, compile_layers
 from pipeline.engine.nvme import prepare_nvme
 from pipeline.engine.torch import join_alone
 from pipeline.engine.zero_layout import Layout
-from pipeline.memory import takes_decay
+from pipeline.memory import rate_scale, takes_decay
 from pipeline.methods import METHODS, build_method
 from pipeline.methods.common import Draw
 from pipeline.optim import LossScale
@@ -126,14 +126,19 @@ class DeepSpeedEngine:
                 self.deepspeed.zero.register_external_parameter(module, parameter)
 
     def _start_optimizer(self) -> None:
-        """Groups are apart by weight decay and by whether the teacher follows them: its average is then whole flat buffers."""
-        groups: dict[tuple[bool, bool], list[str]] = {}
+        """Groups are apart by rate, weight decay and by whether the teacher follows them: its average is whole flat buffers."""
+        optim, depth = self.cfg.optim, self.cfg.shape.depth
+        groups: dict[tuple[bool, bool, float], list[str]] = {}
         for name in self.trained_names:
-            groups.setdefault((name not in self.followed, not takes_decay(name, self.shapes[name])), []).append(name)
-        decay = self.cfg.optim.weight_decay
-        settings = [{"params": [self.named[name] for name in groups[kind]], "weight_decay": 0.0 if kind[1] else decay}
-                    for kind in sorted(groups)]  # fmt: skip
-        optimizer = torch.optim.AdamW(settings, lr=0.0, betas=self.cfg.optim.betas, fused=True)
+            kind = (
+                name not in self.followed,
+                not takes_decay(name, self.shapes[name], optim),
+                rate_scale(name, depth, optim),
+            )
+            groups.setdefault(kind, []).append(name)
+        settings = [{"params": [self.named[name] for name in groups[kind]], "scale": kind[2],
+                     "weight_decay": 0.0 if kind[1] else optim.weight_decay} for kind in sorted(groups)]  # fmt: skip
+        optimizer = torch.optim.AdamW(settings, lr=0.0, betas=optim.betas, fused=True)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory is in use
             self.wrapped, self.zero, *_ = self.deepspeed.initialize(
                 model=self.method, optimizer=optimizer, config=self.config
@@ -238,7 +243,7 @@ class DeepSpeedEngine:
         """See ``Engine.step``. DeepSpeed waits for the device to know whether a gradient is finite."""
         culprit = self._culprit()
         for group in self.zero.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.zero.clip_grad = clip or 0.0
         self.wrapped.step()
         applied = self.wrapped.was_step_applied()

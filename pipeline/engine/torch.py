@@ -99,7 +99,7 @@ class TorchEngine:
         self._shards = mesh.get_group("shard") if mesh["shard"].size() > 1 else None
         # The optimizer gets this process's parts: AdamW is elementwise, and a DTensor's way to a kernel is long on the host.
         self._parts = {name: _local(self.named[name]).detach().requires_grad_() for name in self.trained_names}
-        self.optimizer = build_optimizer(self._parts.items(), cfg.optim)
+        self.optimizer = build_optimizer(self._parts.items(), cfg.optim, cfg.shape.depth)
         self._start_teacher(mesh)
 
     def _shard_method(self, mesh: DeviceMesh) -> None:
@@ -185,7 +185,7 @@ class TorchEngine:
         if clip is not None:
             clip_grads_with_norm_(self._parts.values(), clip, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.optimizer.found_inf = skipped
         self.optimizer.step()
         for tensor in (*self.trained, *self._parts.values()):

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 evaluate = typer.Typer(
-    help="Probe a run's encoder with labels it has never seen.", no_args_is_help=True, rich_markup_mode=None
+    help="What a run's encoder has learned, by labels that it never saw.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
@@ -19,10 +21,73 @@ class Weights(StrEnum):
     untrained = "untrained"
 
 
+class StartWeights(StrEnum):
+    """Which of the weights that training has made."""
+
+    model = "model"
+    ema = "ema"
+
+
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 WhichWeights = Annotated[
     Weights, typer.Option(help="Which encoder; ema is the teacher's, untrained the same one at step 0.")
 ]
+
+
+@evaluate.command()
+def finetune(
+    run: RunDir,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG...] [key=value ...]",
+            help="Another recipe than the preset of the model's size; changes to it.",
+        ),
+    ] = None,
+    weights: Annotated[
+        StartWeights, typer.Option(help="Which encoder to start from; ema is the teacher's.")
+    ] = StartWeights.model,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes to start on this host, such as one a GPU.")] = 1,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the configuration instead, as `train` and `submit` take it.")
+    ] = False,
+) -> None:
+    """Train all of a run's encoder with labels, and say how often it is right about data.val. Goes on where it was stopped.
+
+    It is a run like any other: with any engine, under torchrun or srun, for `status`, `compare` and `export`.
+
+    Example: patchmill eval finetune runs/pcae method.drop_ratio=0.2 train.epochs=50
+    """
+    from pipeline.evaluate.finetune import finetune_config
+    from pipeline.start import start
+
+    cfg = finetune_config(run.resolve(), settings or [], weights.value)
+    if print_config:
+        typer.echo(cfg.to_yaml(), nl=False)
+        return
+    words = ["eval", "finetune", str(run), *(settings or []), "--weights", weights.value]
+    raise typer.Exit(start(cfg, words, nproc))
+
+
+@evaluate.command()
+def compression(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder of a fine-tuned classifier.")],
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=0.99, help="A share of tokens to drop, again for each; default 0, 0.1 ... 0.4."),
+    ] = None,
+    weights: Annotated[
+        StartWeights, typer.Option(help="The classifier's weights, or their average.")
+    ] = StartWeights.model,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy against multiply-adds.")] = None,
+) -> None:
+    """How accurate and how fast a fine-tuned classifier is when it drops more or fewer tokens than it was trained with.
+
+    Example: patchmill eval compression runs/pcae/finetune --ratio 0 --ratio 0.2 --ratio 0.4
+    """
+    from pipeline.evaluate.compression import compression
+
+    typer.echo(str(compression(run, ratio or [0, 0.1, 0.2, 0.3, 0.4], weights.value, out)))
 
 
 @evaluate.command()

@@ -121,10 +121,11 @@ class Method(nn.Module, ABC):
         """Fill all weights from the seed; ``__init__`` only builds shapes."""
 
     @abstractmethod
-    def draw(self, keys: Tensor, batch_key: Tensor | None = None) -> Draw:
+    def draw(self, keys: Tensor, batch_key: Tensor | None = None, labels: Tensor | None = None) -> Draw:
         """All randomness of a batch from its per-sample keys, int64 [B] on the CPU.
 
         ``batch_key`` [1]: the key of the global batch's first sample (default: of ``keys``), for what images share.
+        ``labels`` int64 [B]: for fine-tuning alone.
         """
 
     @abstractmethod

@@ -61,7 +61,7 @@ class MAE(Method):
             "decoder.pos_embed": sincos_2d(self.grid, self.decoder.pos_embed.shape[-1], class_token=True),
         })  # fmt: skip
 
-    def draw(self, keys: Tensor, batch_key: Tensor | None = None) -> MaskDraw:
+    def draw(self, keys: Tensor, batch_key: Tensor | None = None, labels: Tensor | None = None) -> MaskDraw:
         """Visible and masked token ids for each key (int64 [B], CPU)."""
         keep = drop_path_keep(keys, drop_path_rates(self.encoder))
         return mask_draw(keys, self.grid**2, self.num_visible, keep)

@@ -158,7 +158,7 @@ class RandSAC(Method):
             ranks = drop_in_segments(keys, ranks, self.quota)
         return merge_prefix(keys, ranks) if method.prefix else ranks
 
-    def draw(self, keys: Tensor, batch_key: Tensor | None = None) -> RankDraw:
+    def draw(self, keys: Tensor, batch_key: Tensor | None = None, labels: Tensor | None = None) -> RankDraw:
         """A rank for each token, another order for each key (int64 [B], CPU), or one for all with ``share_segments``."""
         keep = drop_path_keep(keys, drop_path_rates(self.encoder))
         if self.method.share_segments:

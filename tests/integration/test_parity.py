@@ -27,6 +27,7 @@ pytestmark = pytest.mark.timeout(900)  # starting processes on a busy machine ta
 SHARDED = [name for name in choose_engines("all") if name != "single"]
 SAME = [Case("pcae", engine) for engine in SHARDED] + [Case("mae", engine) for engine in ("fsdp2-2", "zero1-2")]
 SAME += [Case("randsac", engine) for engine in ("ddp4", "fsdp2-2", "hsdp2x2", "zero2-2", "zero3-2")]
+SAME += [Case("finetune", engine) for engine in ("ddp2", "fsdp2-2", "zero1-2", "zero2-2", "zero3-2")]
 CLOSE = [Case("pcae", engine, "bf16") for engine in ("ddp2", "fsdp2-2", "zero1-2", "zero2-2", "zero3-2")]
 BROKEN = [Case("pcae", "fsdp2-2", mutation=fault) for fault in ("no_ema", "divided_twice", "local_norm")]
 BROKEN += [

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.methods import build_method
 from pipeline.optim import build_optimizer, lr_at, momentum_at, takes_decay
+from pipeline.settings import OptimConfig
 
 few = settings(max_examples=60, deadline=None)
 lengths = st.integers(2, 5000).flatmap(lambda total: st.tuples(st.just(total), st.integers(0, total - 1)))
@@ -19,7 +20,7 @@ lengths = st.integers(2, 5000).flatmap(lambda total: st.tuples(st.just(total), s
 def test_matrices_and_tokens_decay_and_nothing_else(name: str, tiny_config: Any) -> None:
     cfg = tiny_config(name, optim__weight_decay=0.07)
     named = dict(build_method(cfg).named_parameters())
-    optimizer = build_optimizer(named.items(), cfg.optim)
+    optimizer = build_optimizer(named.items(), cfg.optim, cfg.shape.depth)
     names = {id(parameter): n for n, parameter in named.items()}
     decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay.keys() == {n for n, p in named.items() if p.requires_grad}
@@ -36,16 +37,15 @@ def test_matrices_and_tokens_decay_and_nothing_else(name: str, tiny_config: Any)
 
 
 def test_a_bias_with_two_axes_does_not_decay() -> None:
-    assert not takes_decay("decoder.bias", torch.Size((2, 2))) and not takes_decay("a.norm.weight", torch.Size((2,)))
-    assert takes_decay("decoder.skip_proj.weight", torch.Size((2, 2))) and takes_decay(
-        "x.bias_net.weight", torch.Size((2, 2))
-    )
+    optim, square = OptimConfig(), torch.Size((2, 2))
+    assert not takes_decay("decoder.bias", square, optim) and not takes_decay("a.norm.weight", torch.Size((2,)), optim)
+    assert takes_decay("decoder.skip_proj.weight", square, optim) and takes_decay("x.bias_net.weight", square, optim)
 
 
 def test_moments_are_made_at_once_and_settings_arrive(tiny_config: Any) -> None:
     cfg = tiny_config("mae", optim__betas="[0.8, 0.97]")
     named = dict(build_method(cfg).named_parameters())
-    optimizer = build_optimizer(named.items(), cfg.optim)
+    optimizer = build_optimizer(named.items(), cfg.optim, cfg.shape.depth)
     trained = [p for p in named.values() if p.requires_grad]
     assert set(optimizer.state) == set(trained)
     for parameter in trained:

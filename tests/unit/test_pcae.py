@@ -517,7 +517,7 @@ def test_property_32_the_teacher_has_no_gradient_and_no_place_in_the_method(meth
     assert not method.predict(images, draw, teacher).target.requires_grad
     assert not any("teacher" in name for name, _ in method.named_modules())
     own = {id(parameter) for parameter in teacher.parameters()}
-    optimizer = build_optimizer(method.named_parameters(), method.cfg.optim)
+    optimizer = build_optimizer(method.named_parameters(), method.cfg.optim, 4)
     assert not own & {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert {name for name, _ in teacher.named_parameters()} == {name for name, _ in method.encoder.named_parameters()}
 

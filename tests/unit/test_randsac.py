@@ -20,6 +20,7 @@ from pipeline.methods.common import Prediction, RankDraw, restore_pixels
 from pipeline.methods.randsac import RandSAC
 from pipeline.optim import takes_decay
 from pipeline.order import sample_keys
+from pipeline.settings import OptimConfig
 from pipeline.vit import embed, normalise, patchify, pixel_rows, standardise, unpatchify
 
 SIZES = {
@@ -363,7 +364,7 @@ def test_property_13_every_skip_weight_has_a_gradient(fresh: RandSAC, method: Ra
     # At first each memory is the last layer alone, and its norm takes no notice of how long it is.
     assert fresh.decoder.skip.grad[:, :-1].abs().min() > 1e-5
     assert method.decoder.skip.grad.abs().min() > 1e-5
-    assert not takes_decay("decoder.skip", fresh.decoder.skip.shape)
+    assert not takes_decay("decoder.skip", fresh.decoder.skip.shape, OptimConfig())
 
 
 def test_property_13_a_one_hot_skip_reads_only_its_layer(method: RandSAC) -> None:

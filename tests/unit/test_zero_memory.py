@@ -44,7 +44,7 @@ def test_the_parts_of_all_processes_are_the_whole_and_the_padding(name: str, pro
     trained, followed = sum(p.size for p in own if p.trained), sum(p.size for p in averaged(cfg))
     found = groups(cfg)
     assert sorted(p.name for group in found for p in group) == sorted(p.name for p in own if p.trained)
-    assert all(len({takes_decay(p.name, p.shape) for p in group}) == 1 for group in found)
+    assert all(len({takes_decay(p.name, p.shape, cfg.optim) for p in group}) == 1 for group in found)
     assert sum(p.size for group in found for p in group if p in averaged(cfg)) == followed
     for stage in (1, 2, 3):
         zero = Zero(stage, processes)
