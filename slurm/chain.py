@@ -1,7 +1,6 @@
 """``patchmill chain``: packing, training and probes as jobs that wait for each other, and what has become of them."""
 
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -12,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from data_prep.kinds import open_source
-from data_prep.manifest import load_header
-from data_prep.verify import check_seal, load_seal
 from pipeline.chain_settings import StageConfig
 from pipeline.config import Config, ConfigError, RunFailed, UserError, load_config
 from slurm import local, status
 from slurm.account import read_lines
 from slurm.checks import KEPT, mlflow_uri, seconds, tracking_waits
 from slurm.job import CONFIG, read_json
+from slurm.pack import Pack, packs_of, sealed
 from slurm.queue import LIVE, LOCAL, ask, slurm_state
 from slurm.submit import (
     FOLDER,
@@ -40,22 +37,8 @@ from slurm.submit import (
 )
 
 CHAIN: Final = "slurm/chain.json"  # the newest job of each stage, by its name
-RESULTS: Final = {"knn": "knn_model", "linear": "linear_heads_model"}  # in the log's eval lines
+RESULTS: Final = {"knn": "knn_model", "linear": "linear_heads_model", "finetune": "val_top1"}  # in the log's eval lines
 ORDER: Final = ("prep", "train", *RESULTS)
-
-
-@dataclass(frozen=True)
-class Pack:
-    """A beton that is still to be made (``which``: train or val), and of what."""
-
-    which: str
-    images: Path
-    beton: Path
-
-    @property
-    def manifest(self) -> Path:
-        """Where the scan lists the images."""
-        return self.beton.with_suffix(".jsonl")
 
 
 @dataclass(frozen=True)
@@ -77,73 +60,49 @@ def _done(run: Path) -> bool:
 
 
 def results(run: Path) -> dict[str, float]:
-    """Top-1 in percent by probe, of the last step of a run that is done."""
-    why, found = read_json(run / "why_stopped.json"), dict[str, float]()
-    for line in read_lines(run / "log.jsonl") if why.get("done") else []:
-        if line.get("kind") == "eval" and line.get("step") == why.get("step"):
-            found |= {name: line[key] for name, key in RESULTS.items() if key in line}
+    """Top-1 in percent by probe, of the last step of a run that is done; that of fine-tuning from its own run."""
+    found = dict[str, float]()
+    for folder in (run, run / "finetune") if _done(run) else ():
+        why = read_json(folder / "why_stopped.json")
+        for line in read_lines(folder / "log.jsonl") if why.get("done") else []:
+            if line.get("kind") == "eval" and line.get("step") == why.get("step"):
+                found |= {name: line[key] for name, key in RESULTS.items() if key in line}
     return found
-
-
-def _sealed(beton: Path) -> bool:
-    """Whether a beton is there and good. Raises UserError for one that `prep write` would not replace."""
-    if not beton.exists():
-        return False
-    load_seal(beton)
-    try:
-        check_seal(beton)
-    except UserError:
-        return False  # `prep write` puts the same content in its place
-    return True
-
-
-def _packs(cfg: Config) -> tuple[list[Pack], list[str]]:
-    """The betons that are still to be made, and what stands against it."""
-    packs, problems = list[Pack](), list[str]()
-    for which, images, beton in (
-        ("train", cfg.chain.train_images, cfg.data.train),
-        ("val", cfg.chain.val_images, cfg.data.val),
-    ):
-        if images is None:
-            continue
-        try:
-            if cfg.data.loader != "ffcv":
-                raise UserError(f"is packed into a beton; set data.loader=ffcv (not {cfg.data.loader}) or leave it out")
-            if beton is None:
-                raise UserError(f"data.{which} is not set: the beton to pack it into")
-            if not _sealed(Path(beton)):
-                packs.append(Pack(which, Path(images), Path(beton)))
-                _require_packable(packs[-1], None if which == "train" or packs[0].which == "train" else cfg.data.train)
-        except UserError as error:
-            problems.append(f"chain.{which}_images = {images}: {error}")
-    return packs, problems
-
-
-def _require_packable(pack: Pack, train: str | None) -> None:
-    """Raises UserError where `prep scan` would. ``train``: the beton whose manifest must be there, for its class index."""
-    source, folder = open_source(pack.images), pack.beton.parent
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written; make it, or choose another data.{pack.which}")
-    if pack.manifest.exists() and load_header(pack.manifest)["source"] != str(source.root):
-        raise UserError(f"{pack.manifest} is the manifest of {load_header(pack.manifest)['source']}; delete it, or choose "
-                        f"another data.{pack.which}")  # fmt: skip
-    if train is not None and not Path(train).with_suffix(".jsonl").exists():
-        raise UserError(f"needs {Path(train).with_suffix('.jsonl')} for the class index of data.train, and it is not there; "
-                        "pack it by hand with: patchmill prep scan --against")  # fmt: skip
 
 
 def _problems(cfg: Config) -> Iterator[str]:
     """What the settings of the chain have wrong."""
     if cfg.chain.evals and cfg.data.loader != "synthetic" and cfg.data.val is None:
         yield "data.val: is required and not set: chain.evals tests on its images; or set chain.evals=[]"
+    if "finetune" in cfg.chain.evals:
+        yield from _tuning(cfg)
     if "dependency" in cfg.slurm.directives:
         yield "slurm.directives.dependency: is the chain's own and cannot be set"
-    for name, asked in (("prep", cfg.chain.prep), ("eval", cfg.chain.eval)):
+    for name, asked in (("prep", cfg.chain.prep), ("eval", cfg.chain.eval), ("finetune", cfg.chain.finetune)):
         if seconds(asked.time) is None:
             yield f"chain.{name}.time = {asked.time}: should be as sbatch has it, such as 1-00:00:00, 12:30:00 or 90 (minutes)"
         for key in asked.directives:
             if key.replace("-", "_") in (*KEPT, "dependency"):
                 yield f"chain.{name}.directives.{key}: is the job's own and cannot be set"
+
+
+def _tuning(cfg: Config) -> Iterator[str]:
+    """What the settings of fine-tuning have wrong, as far as it can be known before anything is there."""
+    from pipeline.evaluate.recipe import finetune_config
+
+    run = Path(cfg.run.dir).resolve()
+    try:
+        tuned = finetune_config(cfg, run, cfg.chain.finetune.settings)
+    except UserError as error:
+        yield from (f"chain.finetune.settings: {line}" for line in str(error).splitlines())
+        return
+    if Path(tuned.run.dir) != run / "finetune":
+        yield f"chain.finetune.settings: run.dir = {tuned.run.dir} is the chain's own and cannot be set"
+    if tuned.train.global_batch % cfg.chain.finetune.processes:
+        yield (f"chain.finetune.processes = {cfg.chain.finetune.processes}: should divide train.global_batch = "
+               f"{tuned.train.global_batch} of chain.finetune.settings")  # fmt: skip
+    if tuned.engine.name == "single" and cfg.chain.finetune.processes > 1:
+        yield f"chain.finetune.processes = {cfg.chain.finetune.processes}: set engine.name=ddp, say, in chain.finetune.settings"
 
 
 def _patchmill(cfg: Config, *words: object) -> str:
@@ -166,11 +125,14 @@ def _prep(cfg: Config, packs: list[Pack]) -> str:
 
 def _eval(cfg: Config, run: Path, name: str) -> str:
     """The commands that probe; their result is a line of the run's log, which `status` sends on where no server takes it."""
-    why = shlex.quote(str(run / "why_stopped.json"))
+    why, tuned = shlex.quote(str(run / "why_stopped.json")), cfg.chain.finetune
+    more = (*tuned.settings, "--nproc", tuned.processes) if name == "finetune" else ()
     parts = [f"{{ grep -q '\"done\": true' {why} || {{ echo 'patchmill: the training is not done'; exit 1; }}; }}",
-             _patchmill(cfg, "eval", name, run)]  # fmt: skip
+             _patchmill(cfg, "eval", name, run, *more)]  # fmt: skip
     if mlflow_uri(cfg) != "none" and not tracking_waits(cfg):
-        parts.append(f"{{ {_patchmill(cfg, 'sync', run)} || true; }}")  # the result is there all the same
+        parts.append(
+            f"{{ {_patchmill(cfg, 'sync', run / 'finetune' if more else run)} || true; }}"
+        )  # the result is there all the same
     return " &&\n".join(parts)
 
 
@@ -194,7 +156,7 @@ def _script(cfg: Config, name: str, asked: StageConfig, command: str, code: Path
 def draft(cfg: Config, *, queue: bool) -> Chain:
     """What of a chain is still to be done. Raises ConfigError with every problem; without Slurm only to queue it."""
     run = Path(cfg.run.dir).resolve()
-    packs, problems = _packs(cfg)
+    packs, problems = packs_of(cfg)
     problems += _problems(cfg)
     ready: Plan | None = None
     try:
@@ -204,13 +166,13 @@ def draft(cfg: Config, *, queue: bool) -> Chain:
     code, there, lines = ready.code if ready else None, results(run), list[str]()
     prep = {"prep": _script(cfg, "prep", cfg.chain.prep, _prep(cfg, packs), code)} if packs else {}
     probes = {
-        name: _script(cfg, name, cfg.chain.eval, _eval(cfg, run, name), code)
+        name: _script(cfg, name, stage_of(cfg, name), _eval(cfg, run, name), code)
         for name in cfg.chain.evals
         if name not in there
     }
     here = cfg.slurm.executor == "local"
     for name, script in (prep | probes).items() if shutil.which("sbatch") and not here else ():
-        problems += refusal(script, f"chain.{'prep' if name == 'prep' else 'eval'}")
+        problems += refusal(script, f"chain.{name if name in ('prep', 'finetune') else 'eval'}")
     if problems or ready is None:
         raise ConfigError(list(dict.fromkeys(problems)))
     lines += _unused(cfg) if here else []
@@ -223,10 +185,16 @@ def draft(cfg: Config, *, queue: bool) -> Chain:
     return Chain(ready, prep | ({} if _done(run) else {"train": ready.script}) | probes, lines)
 
 
+def stage_of(cfg: Config, name: str) -> StageConfig:
+    """The job of a probe, or of fine-tuning."""
+    return cfg.chain.finetune if name == "finetune" else cfg.chain.eval
+
+
 def _unused(cfg: Config) -> list[str]:
     """What the settings of the stages ask of Slurm where it is not used."""
-    asked = {f"chain.{name}.{key}": (key, value) for name in ("prep", "eval")
-             for key, value in getattr(cfg.chain, name).model_dump().items() if key != "cpus_per_task"}  # fmt: skip
+    asked = {f"chain.{name}.{key}": (key, value) for name in ("prep", "eval", "finetune")
+             for key, value in getattr(cfg.chain, name).model_dump().items() if key in StageConfig.model_fields
+             and key != "cpus_per_task"}  # fmt: skip
     default = StageConfig().model_dump()
     found = [name for name, (key, value) in asked.items() if value != default[key]]
     return [f"not used without Slurm: {', '.join(found)}"] if found else []
@@ -384,7 +352,7 @@ def _finished(run: Path, name: str, state: str) -> str | None:
     if state in ("UNKNOWN", "ENDED"):  # Slurm may have forgotten it: the betons tell
         with suppress(UserError):
             data = load_config([run / CONFIG]).data
-            return "done" if all(_sealed(Path(beton)) for beton in (data.train, data.val) if beton) else None
+            return "done" if all(sealed(Path(beton)) for beton in (data.train, data.val) if beton) else None
     return "done" if state == "COMPLETED" else None
 
 

@@ -58,10 +58,11 @@ def finetune(
 
     Example: patchmill eval finetune runs/pcae method.drop_ratio=0.2 train.epochs=50
     """
-    from pipeline.evaluate.finetune import finetune_config
+    from pipeline.evaluate.recipe import finetune_config
+    from pipeline.runs import read_config
     from pipeline.start import start
 
-    cfg = finetune_config(run.resolve(), settings or [], weights.value)
+    cfg = finetune_config(read_config(run), run.resolve(), settings or [], weights.value)
     if print_config:
         typer.echo(cfg.to_yaml(), nl=False)
         return

@@ -18,11 +18,12 @@ from pipeline.engine.torch import TorchEngine
 from pipeline.eval_settings import FinetuneConfig
 from pipeline.evaluate.accuracy import Accuracy, count
 from pipeline.evaluate.compression import compression
-from pipeline.evaluate.finetune import finetune_config, start_from
+from pipeline.evaluate.finetune import start_from
+from pipeline.evaluate.recipe import finetune_config
 from pipeline.launch import Portion, World
 from pipeline.methods import build_method
 from pipeline.runlog import read_log
-from pipeline.runs import restore
+from pipeline.runs import read_config, restore
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -118,7 +119,7 @@ def test_a_killed_rank_is_told_and_the_run_goes_on_with_another_engine(pretraine
 
 def test_the_encoder_starts_as_the_run_s_and_the_rest_as_new(pretrained, tmp_path):
     for weights in ("model", "ema"):
-        cfg = finetune_config(pretrained, ["optim.ema=0.9"], weights)
+        cfg = finetune_config(read_config(pretrained), pretrained, ["optim.ema=0.9"], weights)
         engine = TorchEngine(cfg, torch.device("cpu"))
         fresh = engine.full_params()
         start_from(engine, pretrained, weights)
@@ -134,10 +135,16 @@ def test_the_encoder_starts_as_the_run_s_and_the_rest_as_new(pretrained, tmp_pat
 
 
 def test_the_configuration_follows_the_run_and_the_user(pretrained):
-    cfg = finetune_config(pretrained, [], "model")
+    source = read_config(pretrained)
+    cfg = finetune_config(source, pretrained, [], "model")
     assert (cfg.model.name, cfg.data.image_size, cfg.method.num_classes) == ("vit_p", 32, 10)
     assert cfg.method.position_grid == 8 and cfg.method.class_token and cfg.run.dir == str(pretrained / "finetune")
-    cfg = finetune_config(pretrained, ["eval/finetune_vit_b", "data.image_size=48", "train.global_batch=8"], "ema")
+    cfg = finetune_config(
+        read_config(pretrained),
+        pretrained,
+        ["eval/finetune_vit_b", "data.image_size=48", "train.global_batch=8"],
+        "ema",
+    )
     assert cfg.method.rand_augment and cfg.model.name == "vit_p" and cfg.grid == 12 and cfg.method.position_grid == 8
     assert cfg.method.init_weights == "ema" and cfg.eval.loss_every == 8
     assert build_method(cfg).encoder.pos_embed.shape == (1, 145, 96)

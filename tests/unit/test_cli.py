@@ -13,7 +13,8 @@ from pipeline.cli import app, main
 from pipeline.config import load_config
 
 VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"],
-         ["eval", "linear"], ["visualize"], ["export"], ["sync"], ["compare"], ["bench", "data"], ["bench", "methods"],
+         ["eval", "linear"], ["eval", "finetune"], ["eval", "compression"],
+         ["visualize"], ["export"], ["sync"], ["compare"], ["bench", "data"], ["bench", "methods"],
          ["bench", "attention"], ["bench", "parity"], ["bench", "engines"], ["bench", "loop"],
          ["bench", "tracking"], ["bench", "save"], ["quickstart"],
          ["submit"], ["sweep"], ["chain"], ["scale"], ["status"], ["cancel"], ["logs"]]  # fmt: skip

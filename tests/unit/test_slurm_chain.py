@@ -17,6 +17,8 @@ from slurm import chain, status, submit
 from slurm.account import Account
 from tests.image_files import encoded, pixels, put
 
+TUNE = ["chain.evals=[finetune]"]
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -124,7 +126,13 @@ def test_what_prep_makes_is_not_asked_for_and_all_else_is(cfg, tmp_path: Path) -
      (["slurm.directives={dependency: 'afterok:1'}"], "slurm.directives.dependency: is the chain's own"),
      (["chain.prep.time=soon"], "chain.prep.time = soon: should be as sbatch has it"),
      (["chain.eval.directives={output: x}"], "chain.eval.directives.output: is the job's own"),
-     (["chain.evals=[attentive]"], "chain.evals.0 = 'attentive': should be 'knn' or 'linear'")],
+     (["chain.evals=[pixels]"], "chain.evals.0 = 'pixels': should be 'knn', 'linear' or 'finetune'"),
+     ([*TUNE, "chain.finetune.settings=[optim.clp=1]"], "chain.finetune.settings: optim.clp: there is no such setting"),
+     ([*TUNE, "chain.finetune.settings=[run.dir=/else]"], "chain.finetune.settings: run.dir = /else is the chain's own"),
+     ([*TUNE, "chain.finetune.processes=2"], "chain.finetune.processes = 2: set engine.name=ddp"),
+     ([*TUNE, "chain.finetune.processes=3", "chain.finetune.settings=[engine.name=ddp]"],
+      "chain.finetune.processes = 3: should divide train.global_batch = 128"),
+     ([*TUNE, "chain.finetune.time=soon"], "chain.finetune.time = soon: should be as sbatch has it")],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_queued(
     settings, said, cfg, packed: Path, tmp_path: Path
@@ -157,7 +165,7 @@ def test_a_good_beton_is_left_alone_and_a_damaged_one_made_again(cfg, packed: Pa
 
 def test_prep_goes_on_behind_a_scan_that_is_whole(cfg, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(chain.sys, "executable", "echo")
-    packs = chain._packs(cfg())[0]
+    packs = chain.packs_of(cfg())[0]
     command = lambda: subprocess.run(["bash", "-c", chain._prep(cfg(), packs)], capture_output=True, text=True).stdout  # noqa: E731
     verbs = [line.split()[3] for line in command().splitlines()]
     assert verbs == ["scan", "write", "verify"] * 2
@@ -189,6 +197,31 @@ def test_a_probe_wants_a_training_that_is_done(cfg, tmp_path: Path, monkeypatch)
     here = [line.split() for line in outcome("tracking.uri=auto", "slurm.executor=local")[1].splitlines()]
     assert [line[:3] for line in here] == [["-m", "slurm.local", "bound"]] * 2
     assert [" ".join(line[4:]) for line in here] == [f"eval knn {run}", f"sync {run}"]
+    tuned = cfg("tracking.uri=http://host:5000", *TUNE, "chain.finetune.settings=[train.epochs=2, engine.name=ddp]",
+                "chain.finetune.processes=2")  # fmt: skip
+    done = subprocess.run(["bash", "-c", chain._eval(tuned, run, "finetune")], capture_output=True, text=True)
+    assert done.stdout == (f"-m pipeline eval finetune {run} train.epochs=2 engine.name=ddp --nproc 2\n"
+                           f"-m pipeline sync {run}/finetune\n")  # fmt: skip
+
+
+def test_fine_tuning_has_a_job_and_a_result_of_its_own(cfg, slurm, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    settings = cfg(
+        "chain.evals=[knn, finetune]", "chain.finetune.directives={gpus-per-node: 4}", "chain.finetune.mem=64G"
+    )
+    said = chain.chain(settings, dry_run=False)
+    assert "submitted: prep 1, train 2, knn 3, finetune 4" in said
+    script = (run / "slurm" / "finetune.sh").read_text()
+    assert (
+        "gpus-per-node=4" in script
+        and "mem=64G" in script
+        and "gpus-per-node" not in (run / "slurm" / "knn.sh").read_text()
+    )
+    finish(run, knn_model=12.5)
+    finish(run / "finetune", step=7, val_top1=61.5)
+    assert chain.results(run) == {"knn": 12.5, "finetune": 61.5}
+    (run / "finetune" / "why_stopped.json").write_text('{"done": false, "step": 7}')
+    assert chain.results(run) == {"knn": 12.5}
 
 
 def test_each_stage_waits_for_the_one_that_it_needs(cfg, slurm, tmp_path: Path) -> None:
