@@ -249,8 +249,9 @@ def _check(cfg: Config) -> Iterable[str]:
         yield f"data.stage_in = {data.stage_in}: copies betons; set data.loader=ffcv (not {data.loader}) or leave it out"
     if data.shuffle == "windowed" and data.loader != "ffcv":
         yield f"data.shuffle = windowed: mixes the pages of a beton; set data.loader=ffcv (not {data.loader}) or data.shuffle=full"
-    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-        yield f"data.crop_scale = {list(data.crop_scale)}: should be two shares of the area, 0 < low <= high <= 1"
+    for section, (low, high) in (("data", data.crop_scale), ("eval", cfg.eval.crop_scale)):
+        if not 0 < low <= high <= 1:
+            yield f"{section}.crop_scale = {[low, high]}: should be two shares of the area, 0 < low <= high <= 1"
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas = {list(optim.betas)}: should lie in [0, 1)"
     if (train.epochs is None) == (train.steps is None):

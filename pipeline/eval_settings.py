@@ -4,13 +4,45 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from pipeline.section import Fraction01, NonNegative, Positive, Rate, Section
+from pipeline.section import Fraction01, Interval, NonNegative, Positive, Rate, Ratio, Section
+
+LearningRates = Annotated[
+    tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Strict(False), Field(min_length=1)
+]
+
+
+class MAELinearConfig(Section):
+    """MAE's linear recipe: LARS for ``epochs``, lr = base_lr x batch / 256, linear warm-up, half-cosine to 0."""
+
+    epochs: Positive = 90
+    warmup_epochs: NonNegative = 10
+    batch: Positive = 16384
+    base_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+
+
+class AttentiveConfig(Section):
+    """AIM's attentive pooling: a head at each rate of ``lrs`` on each block of ``blocks`` (from 1; by default every quarter).
+
+    AdamW with ``weight_decay``, linear warm-up, half-cosine to 0. ``queries`` are averaged; attention has as many heads as the
+    encoder's.
+    """
+
+    epochs: Positive = 90
+    warmup_epochs: NonNegative = 5
+    batch: Positive = 1024
+    lrs: LearningRates = (1e-4, 3e-4, 1e-3)
+    weight_decay: Rate = 0.1
+    queries: Positive = 1
+    blocks: Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)] | None = None
 
 
 class EvalConfig(Section):
     """The probes: cosine kNN with weights exp(similarity / temperature), linear heads, softmax regression with an L2 penalty.
 
-    A linear head is trained for ``linear_epochs`` of batches of ``linear_batch`` at each rate of ``linear_lrs``.
+    A linear head is trained for ``linear_epochs`` of batches of ``linear_batch`` at each rate of ``linear_lrs``. ``mae``,
+    ``attentive``: the recipes that train on crops of ``crop_scale`` (shares of the area) and flips, computing features at each
+    step; ``pooling`` of mae: the mean of patch tokens, or the class token. ``label_fraction`` of each class of data.train is
+    used, chosen by ``label_seed``. A process's encoder computes ``batch_size`` images at a time, in ``precision``.
     During pretraining the loss on ``loss_images`` of data.val is taken every ``loss_every`` steps, always of the same crops
     and draws; in whole global batches, one at least.
     """
@@ -18,14 +50,19 @@ class EvalConfig(Section):
     loss_every: Positive | None = None
     loss_images: Positive = 4096
     batch_size: Positive = 256
+    precision: Literal["fp32", "bf16"] = "fp32"
+    label_fraction: Ratio = 1.0
+    label_seed: NonNegative = 0
+    crop_scale: Interval = (0.08, 1.0)
+    pooling: Literal["mean", "cls"] = "mean"
     knn_k: Positive = 20
     knn_temperature: Annotated[float, Field(gt=0)] = 0.07
     linear_l2: Rate = 1e-3
     linear_epochs: Positive = 50
     linear_batch: Positive = 256
-    linear_lrs: Annotated[
-        tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Strict(False), Field(min_length=1)
-    ] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    linear_lrs: LearningRates = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    mae: MAELinearConfig = MAELinearConfig()
+    attentive: AttentiveConfig = AttentiveConfig()
 
 
 class FinetuneConfig(Section):

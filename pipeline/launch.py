@@ -226,8 +226,10 @@ def _device(place: Mapping[str, str]) -> torch.device:
 
 
 @contextmanager
-def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
+def connect(cfg: Config, *, trains: bool = True) -> Iterator[tuple[World, torch.device]]:
     """The processes of this run, all come and of one configuration, and this one's device.
+
+    Only what ``trains`` shares ``train.global_batch``.
 
     Raises UserError when they do not come, differ, or are not as many as ``engine`` and the batch can be shared by, and in
     place of what the network says of one that is lost later RankLost.
@@ -236,7 +238,7 @@ def connect(cfg: Config) -> Iterator[tuple[World, torch.device]]:
         die_with(int(os.environ[PARENT]))
     place = find_place(os.environ)
     size = int(place.get("WORLD_SIZE", 1))
-    _require_engine(cfg, size)
+    _require_engine(cfg, size, trains)
     device = _device(place)
     if not place or size == 1:
         yield World(), device
@@ -274,7 +276,7 @@ def choose_backend(cfg: Config, device: torch.device) -> str:
     return f"cpu:gloo,cuda:{'nccl' if cfg.engine.backend == 'auto' else cfg.engine.backend}"
 
 
-def _require_engine(cfg: Config, size: int) -> None:
+def _require_engine(cfg: Config, size: int, trains: bool) -> None:
     if not torch.cuda.is_available():
         for key, value, cure in (("precision", "fp16", "bf16"), ("backend", "nccl", "auto")):
             if getattr(cfg.engine, key) == value:
@@ -288,16 +290,17 @@ def _require_engine(cfg: Config, size: int) -> None:
     shard = cfg.engine.shard_size
     if shard is not None and size % shard:
         raise UserError(f"engine.shard_size = {shard}: should divide the {size} processes of this run")
-    Portion.of(cfg, World(size=size))
+    if trains:
+        Portion.of(cfg, World(size=size))
 
 
-def start_local(cfg: Config, arguments: Sequence[str], count: int) -> int:
+def start_local(cfg: Config, arguments: Sequence[str], count: int, *, trains: bool = True) -> int:
     """Run ``patchmill`` with these arguments in ``count`` processes on this host; their exit code.
 
     They get this one's signals and die with it. When one fails the others have some seconds to end by themselves.
     Raises UserError when ``engine`` or the batch cannot be shared by so many.
     """
-    _require_engine(cfg, count)
+    _require_engine(cfg, count, trains)
     # Held here, its port is free for certain and stays taken.
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     common = {

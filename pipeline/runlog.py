@@ -88,10 +88,10 @@ class RunLog:
     training goes on.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Opens or makes the file. Raises OSError when that fails."""
+    def __init__(self, path: Path, *, mends: bool = True) -> None:
+        """Opens or makes the file; a process that is not the only one who writes there ``mends`` nothing. Raises OSError."""
         whole, tail = _whole_lines(path)
-        if tail:
+        if tail and mends:
             log.warning("%s: the last line was cut off (%d bytes); removed", path, len(tail))
             os.truncate(path, len(_joined(whole)))
         self._path, self._waiting = path, b""

@@ -79,6 +79,18 @@ def _admit(cfg: Config, folder: Path) -> None:
     temporary.rename(folder / CONFIG)
 
 
+def is_training(folder: Path) -> bool:
+    """Whether a process trains in a run folder now."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def write_why(folder: Path, *, done: bool, reason: str, step: int, restarts: int) -> None:
     """Record why the process ended, atomically: what dependents look at."""
     temporary = folder / f".{WHY}.partial"
@@ -132,7 +144,7 @@ class Restored:
 
 
 def restore(run_dir: Path, weights: str = "model") -> Restored:
-    """The method of a run's newest whole checkpoint.
+    """The method of a run's newest whole checkpoint, under the run's own configuration.
 
     ``weights``: model (the trained encoder), ema (the teacher's average in its place) or untrained (step 0).
     Raises UserError when there is no checkpoint, none that holds all of its tensors in their shapes, or no average.

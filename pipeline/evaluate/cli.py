@@ -1,10 +1,15 @@
 """The command line of the evaluation: verbs to functions. Everything heavy is imported by the verb that needs it."""
 
+import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import Name
 
 evaluate = typer.Typer(
     help="What a run's encoder has learned, by labels that it never saw.",
@@ -32,6 +37,38 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 WhichWeights = Annotated[
     Weights, typer.Option(help="Which encoder; ema is the teacher's, untrained the same one at step 0.")
 ]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Of eval.*, data.* and engine.*, for this evaluation; files too."),
+]
+Nproc = Annotated[int, typer.Option(min=1, help="Processes to start on this host, such as one a GPU.")]
+
+
+def _run(name: "Name", run: Path, weights: str, changes: list[str] | None, nproc: int, arguments: Sequence[str],
+         ks: Sequence[int] = ()) -> None:  # fmt: skip
+    """One process of a probe, or with ``nproc`` all of them; ``arguments`` are those that start one."""
+    from pipeline.evaluate import evaluate as probe
+    from pipeline.evaluate.session import evaluation_config, open_session
+
+    settings = changes or []
+    if nproc > 1:
+        from pipeline.launch import start_local
+
+        words = ["eval", *arguments, str(run), *settings, "--weights", weights]
+        raise typer.Exit(start_local(evaluation_config(run, settings), words, nproc, trains=False))
+    from pipeline.evaluate.trained import Stopped
+    from pipeline.metrics import setup_logging
+
+    try:
+        with open_session(run, settings, weights) as session:
+            setup_logging(None, session.world.rank)
+            report = probe(session, name, ks)
+    except Stopped as stopped:
+        if str(stopped):
+            sys.stderr.write(f"patchmill: {stopped}\n")
+        raise typer.Exit(75) from None
+    if report is not None:
+        typer.echo(str(report))
 
 
 @evaluate.command()
@@ -47,7 +84,7 @@ def finetune(
     weights: Annotated[
         StartWeights, typer.Option(help="Which encoder to start from; ema is the teacher's.")
     ] = StartWeights.model,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes to start on this host, such as one a GPU.")] = 1,
+    nproc: Nproc = 1,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the configuration instead, as `train` and `submit` take it.")
     ] = False,
@@ -92,28 +129,51 @@ def compression(
 
 
 @evaluate.command()
-def knn(run: RunDir, weights: WhichWeights = Weights.model) -> None:
+def knn(
+    run: RunDir,
+    changes: Changes = None,
+    weights: WhichWeights = Weights.model,
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Also with so many neighbours; may be repeated.")] = None,
+    nproc: Nproc = 1,
+) -> None:
     """Nearest-neighbour accuracy on data.val with data.train as the memory.
 
-    Example: patchmill eval knn runs/mae --weights untrained
+    Example: patchmill eval knn runs/mae --weights untrained --k 1 --k 5
     """
-    from pipeline.evaluate import probe
-
-    typer.echo(str(probe(run, "knn", weights.value)))
+    words = ["knn", *(word for each in k or [] for word in ("--k", str(each)))]
+    _run("knn", run, weights.value, changes, nproc, words, k or [])
 
 
 @evaluate.command()
 def linear(
     run: RunDir,
+    changes: Changes = None,
     weights: WhichWeights = Weights.model,
     exact: Annotated[
         bool, typer.Option("--exact", help="Solve one softmax regression on the mean of patch tokens instead.")
     ] = False,
+    mae: Annotated[
+        bool, typer.Option("--mae", help="MAE's recipe instead: LARS on random crops and flips, eval.mae.*; resumable.")
+    ] = False,
+    nproc: Nproc = 1,
 ) -> None:
     """Accuracy on data.val of the best of many linear heads (poolings x learning rates), chosen on a tenth of data.train.
 
     Example: patchmill eval linear runs/mae --weights untrained
     """
-    from pipeline.evaluate import probe
+    if exact and mae:
+        from pipeline.config import UserError
 
-    typer.echo(str(probe(run, "linear" if exact else "linear_heads", weights.value)))
+        raise UserError("--exact, --mae: are two ways to fit a linear probe; give one")
+    name: Name = "linear" if exact else "linear_mae" if mae else "linear_heads"
+    words = ["linear", *(["--exact"] if exact else []), *(["--mae"] if mae else [])]
+    _run(name, run, weights.value, changes, nproc, words)
+
+
+@evaluate.command()
+def attentive(run: RunDir, changes: Changes = None, weights: WhichWeights = Weights.model, nproc: Nproc = 1) -> None:
+    """Accuracy on data.val of the best attentive head (blocks x learning rates), chosen on a tenth of data.train; resumable.
+
+    Example: patchmill eval attentive runs/mae eval.attentive.epochs=30 --nproc 8
+    """
+    _run("attentive", run, weights.value, changes, nproc, ["attentive"])

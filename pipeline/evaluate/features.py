@@ -1,7 +1,6 @@
 """What the probes see: feature vectors of each image, of a frozen encoder or raw pixels, and a file to keep them in."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.config import UserError
-from pipeline.tensors import save_tensors
+from pipeline.keys import Int64
+from pipeline.launch import World
+from pipeline.metrics import Progress
+from pipeline.tensors import read_tensors, replace_tensors
 from pipeline.vit import VisionTransformer, normalise
 
-log = logging.getLogger("patchmill")
-
+ALONE = World()
 LAST_BLOCKS = 4
 CONTENT = "mean cls last4"  # what ``extract`` makes: a cache file that says otherwise, or nothing, is another version's
 
@@ -36,7 +37,7 @@ class Features:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every submodule is in the mode that it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -47,94 +48,114 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _collect(
-    loader: Any, rows_of: Callable[[Tensor], dict[str, Tensor]], batch_size: int, device: torch.device | str
-) -> Features:
-    """``rows_of`` on every batch of images, uint8 [B, 3, H, W] on ``device``; the last batch may be smaller.
+def rounds(ids: Int64, batch_size: int, world: World) -> tuple[list[Int64], int]:
+    """This rank's batches of ``ids``, as many as every other rank's, and how many in front are its own to count.
 
-    Its rows named ``features`` become those, all else ``others``.
+    Batch j of all goes to rank j modulo the ranks, whatever their number: a batch's values depend in their last bits on what is
+    computed beside it. A rank that has one less does the first of all again: a sharded encoder needs every rank.
     """
-    ids = np.arange(loader.num_samples)
-    order = ((0, ids[start : start + batch_size]) for start in range(0, len(ids), batch_size))
+    batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    own = batches[world.rank :: world.size]
+    missing = -(-len(batches) // world.size) - len(own)
+    return own + batches[:1] * missing, len(own)
+
+
+def _on_main(values: Tensor, lengths: Sequence[int], world: World) -> list[Tensor]:
+    """Rows [n, D] of each rank on the main process, by rank and cut to ``lengths``; nothing on the others."""
+    if world.size == 1:
+        return [values[: lengths[0]]]
+    padded = values.new_zeros(max(lengths), values.shape[1])
+    padded[: len(values)] = values[: max(lengths)]
+    received = [torch.empty_like(padded) for _ in lengths] if world.is_main else None
+    dist.gather(padded, received, dst=0, group=world.control)
+    return [rows[:length] for rows, length in zip(received or [], lengths, strict=False)]
+
+
+def _collect(
+    loader: Any, rows_of: Callable[[Tensor], dict[str, Tensor]], batch_size: int, device: torch.device | str,
+    world: World, ids: Int64 | None, title: str,
+) -> Features:  # fmt: skip
+    """``rows_of`` on every batch of images ``ids``, uint8 [B, 3, H, W] on ``device``; the last batch may be smaller.
+
+    Its rows named ``features`` become those, all else ``others``; on the main process, the other ranks keep nothing.
+    """
+    ids = np.arange(loader.num_samples) if ids is None else ids
+    own, _ = rounds(ids, batch_size, world)
     rows: dict[str, list[Tensor]] = {}
-    labels = []
-    with loader.batches(order) as batches:
-        for batch in batches:
-            with torch.inference_mode():
-                for name, values in rows_of(batch.images.to(device)).items():
-                    rows.setdefault(name, []).append(values.float())
-            labels.append(batch.labels)
-    # Joined outside of inference mode: the linear probe's gradient cannot pass an inference tensor.
+    with Progress(title, len(ids), "image", shown=world.is_main and bool(title)) as progress, torch.no_grad(), \
+            loader.batches(((0, some) for some in own), torch.device(device)) as batches:  # fmt: skip
+        for number, batch in enumerate(batches):
+            made = {name: values.float().cpu() for name, values in rows_of(batch.images.to(device)).items()}
+            starts = [(number * world.size + rank) * batch_size for rank in range(world.size)]
+            lengths = [max(0, min(batch_size, len(ids) - start)) for start in starts]
+            widths = [values.shape[1] for values in made.values()]
+            for part in _on_main(torch.cat(list(made.values()), 1), lengths, world):
+                for name, values in zip(made, part.split(widths, 1), strict=True):
+                    rows.setdefault(name, []).append(values)
+            progress.update(min(len(ids), starts[-1] + batch_size))
     joined = {name: torch.cat(rows.pop(name)) for name in list(rows)}
-    return Features(joined.pop("features"), torch.cat(labels).to(device), joined)
+    labels = torch.from_numpy(loader.labels()[ids])
+    return Features(joined.pop("features", torch.empty(0)), labels, joined)
 
 
-def extract(encoder: VisionTransformer, loader: Any, *, batch_size: int, device: torch.device | str) -> Features:
+def computing(device: torch.device | str, precision: str) -> torch.autocast:
+    """In here an encoder computes in ``eval.precision``."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def extract(
+    encoder: VisionTransformer, loader: Any, *, batch_size: int, device: torch.device | str, world: World = ALONE,
+    ids: Int64 | None = None, precision: str = "fp32", title: str = "",
+) -> Features:  # fmt: skip
     """The mean of a VisionTransformer's patch tokens after its final norm, D = its width, in one pass over the images.
 
     ``others``: ``last4``, such a mean of each of the last four blocks (all of fewer) through the final norm, side by side,
     the last block's last; ``cls``, the class token after the final norm, of an encoder that has one. ``loader`` is one of
-    ``pipeline.data`` without augmentation. The encoder is on ``device``; its mode is restored.
+    ``pipeline.data`` without augmentation, ``ids`` of its images are taken (default: all). The encoder is on ``device``; its
+    mode is restored. All ranks of ``world`` call it, each computes a part, and the main one has the features, on the CPU.
     """
 
     def pooled(images: Tensor) -> dict[str, Tensor]:
-        found = encoder.forward_intermediates(
-            normalise(images), min(LAST_BLOCKS, len(encoder.blocks)), norm=True, output_fmt="NLC",
-            return_prefix_tokens=True, intermediates_only=True, output_dict=True,
-        )  # fmt: skip
-        means = [tokens.mean(1) for tokens in found["image_intermediates"]]
+        with computing(device, precision):
+            found = encoder.forward_intermediates(
+                normalise(images), min(LAST_BLOCKS, len(encoder.blocks)), norm=True, output_fmt="NLC",
+                return_prefix_tokens=True, intermediates_only=True, output_dict=True,
+            )  # fmt: skip
+        means = [tokens.float().mean(1) for tokens in found["image_intermediates"]]
         rows = {"features": means[-1], "last4": torch.cat(means, 1)}
         if encoder.has_class_token:
             rows["cls"] = found["image_intermediates_prefix"][-1][:, 0]
         return rows
 
-    with _evaluating(encoder):
-        return _collect(loader, pooled, batch_size, device)
+    with evaluating(encoder):
+        return _collect(loader, pooled, batch_size, device, world, ids, title)
 
 
-def pixels(loader: Any, *, batch_size: int, device: torch.device | str, size: int = 32) -> Features:
+def pixels(loader: Any, *, batch_size: int, device: torch.device | str, size: int = 32, world: World = ALONE,
+           ids: Int64 | None = None) -> Features:  # fmt: skip
     """Raw pixels in [0, 1] as features, D = 3 side^2; images with a side above ``size`` are averaged down to it."""
 
     def flat(images: Tensor) -> dict[str, Tensor]:
         side = min(size, images.shape[-1])
         return {"features": F.adaptive_avg_pool2d(images.float() / 255, side).flatten(1)}
 
-    return _collect(loader, flat, batch_size, device)
+    return _collect(loader, flat, batch_size, device, world, ids, "")
 
 
-def _read(path: Path, key: Mapping[str, str], device: torch.device | str) -> Features | None:
-    """The features of a file, or None unless it is whole and was written under this very key."""
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            if file.metadata() != dict(key):
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping: it has no __iter__)
-            return Features(tensors.pop("features"), tensors.pop("labels"), tensors)
-    except FileNotFoundError:
-        return None
-    except SafetensorError as error:
-        log.warning("%s is damaged (%s): computing its features again", path, error)
-        return None
-
-
-def cached(
-    path: Path, key: Mapping[str, str], compute: Callable[[], Features], *, device: torch.device | str = "cpu"
-) -> Features:
+def cached(path: Path, key: Mapping[str, str], compute: Callable[[], Features], *, world: World = ALONE) -> Features:
     """The features in the safetensors file ``path``; computed and written when it is absent, stale or damaged.
 
     ``key`` is all that the features depend on: the checkpoint's hash, the image set, the crop. A file of a version that
-    kept other poolings is stale.
+    kept other poolings is stale. The main process reads and writes; all ranks compute.
     """
     key = {**key, "content": CONTENT}
-    found = _read(path, key, device)
-    if found is not None:
-        return found
+    found = read_tensors(path) if world.is_main else None
+    if world.from_main(found is not None and found[1] == key):
+        tensors = found[0] if found is not None else {"features": torch.empty(0), "labels": torch.empty(0)}
+        return Features(tensors.pop("features"), tensors.pop("labels"), tensors)
     made = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    tensors = {"features": made.features, "labels": made.labels, **made.others}
-    save_tensors({name: tensor.cpu() for name, tensor in tensors.items()}, partial, key)
-    partial.replace(path)
+    if world.is_main:
+        replace_tensors({"features": made.features, "labels": made.labels, **made.others}, path, key)
     return made
 
 

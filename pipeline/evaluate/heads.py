@@ -60,7 +60,7 @@ def split(num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Ids, int64, of the images to train on and of the held-out tenth (rounded down). Raises UserError for fewer than ten."""
     if num_samples < HOLD_OUT:
         raise UserError(f"the probe chooses its head on a tenth of the training images, but data.train has {num_samples}: "
-                        f"give it at least {HOLD_OUT}, or use --exact")  # fmt: skip
+                        f"give it at least {HOLD_OUT}, or use eval linear --exact")  # fmt: skip
     order = torch.from_numpy(epoch_permutation(seed, -1, num_samples).copy())  # -1: the order of no epoch
     return order[num_samples // HOLD_OUT :], order[: num_samples // HOLD_OUT]
 
@@ -72,15 +72,16 @@ def _with_bias(x: Tensor) -> Tensor:
 
 def train_heads(
     inputs: Mapping[str, Tensor], labels: Tensor, *, num_classes: int, lrs: Sequence[float], epochs: int, batch_size: int,
-    seed: int,
+    seed: int, device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:  # fmt: skip
     """Weights [D + 1, H, C] of H softmax heads, one a learning rate, for each pooling's inputs [N, D]; the last row: biases.
 
     Zero weights, the mean cross-entropy of a batch, SGD with momentum 0.9, rates that fall to 0 by a half-cosine. All heads
-    see the same batches: an epoch's order, a function of (seed, epoch), cut into equal parts of at most ``batch_size``.
+    see the same batches: an epoch's order, a function of (seed, epoch), cut into equal parts of at most ``batch_size``. They
+    are computed on ``device``; the inputs stay where they are.
     """
     inputs = {pooling: _with_bias(x) for pooling, x in inputs.items()}
-    weights = {pooling: x.new_zeros(x.shape[1], len(lrs), num_classes) for pooling, x in inputs.items()}
+    weights = {pooling: torch.zeros(x.shape[1], len(lrs), num_classes, device=device) for pooling, x in inputs.items()}
     velocities = {pooling: torch.zeros_like(weight) for pooling, weight in weights.items()}
     per_epoch = math.ceil(len(labels) / batch_size)
     for epoch in range(epochs):
@@ -88,9 +89,9 @@ def train_heads(
         for batch, ids in enumerate(order.tensor_split(per_epoch)):
             progress = (epoch * per_epoch + batch) / (epochs * per_epoch)
             rates = [lr * (1 + math.cos(math.pi * progress)) / 2 for lr in lrs]
-            truth = F.one_hot(labels[ids], num_classes)[:, None]
+            truth = F.one_hot(labels[ids].to(device), num_classes)[:, None]
             for pooling, x in inputs.items():
-                rows, weight, velocity = x[ids], weights[pooling], velocities[pooling]
+                rows, weight, velocity = x[ids].to(device), weights[pooling], velocities[pooling]
                 # The gradient by the logits [B, H, C]. Written out: a rate for each head is then a factor of its column.
                 error = torch.einsum("bd,dhc->bhc", rows, weight).softmax(2) - truth
                 velocity.mul_(MOMENTUM).add_(torch.einsum("bd,bhc->dhc", rows, error), alpha=1 / len(ids))
@@ -100,15 +101,17 @@ def train_heads(
 
 def _top1(x: Tensor, weights: Tensor, labels: Tensor) -> list[float]:
     """Accuracy in percent of each head [D + 1, H, C] on inputs [N, D]."""
-    correct = torch.zeros(weights.shape[1], dtype=torch.int64, device=x.device)
+    correct = torch.zeros(weights.shape[1], dtype=torch.int64, device=weights.device)
     for rows, truth in zip(_with_bias(x).split(CHUNK), labels.split(CHUNK), strict=True):
-        correct += (torch.einsum("bd,dhc->bhc", rows, weights).argmax(2) == truth[:, None]).sum(0)
+        logits = torch.einsum("bd,dhc->bhc", rows.to(weights.device), weights)
+        correct += (logits.argmax(2) == truth.to(weights.device)[:, None]).sum(0)
     return [100 * int(count) / len(labels) for count in correct]
 
 
 def heads_accuracy(
-    train: Features, test: Features, *, num_classes: int, lrs: Sequence[float], epochs: int, batch_size: int, seed: int
-) -> HeadsReport:
+    train: Features, test: Features, *, num_classes: int, lrs: Sequence[float], epochs: int, batch_size: int, seed: int,
+    device: torch.device | str = "cpu",
+) -> HeadsReport:  # fmt: skip
     """Train a head for every pooling and learning rate, choose by the held-out tenth of ``train``, test the chosen one.
 
     Inputs are standardised by the images trained on. Of equal heads the first pooling, then the first rate wins. Raises
@@ -121,7 +124,8 @@ def heads_accuracy(
     scales = {pooling: standardiser(x[fitted]) for pooling, x in inputs.items()}
     inputs = {pooling: (x - scales[pooling][0]) / scales[pooling][1] for pooling, x in inputs.items()}
     weights = train_heads({pooling: x[fitted] for pooling, x in inputs.items()}, train.labels[fitted],
-                          num_classes=num_classes, lrs=lrs, epochs=epochs, batch_size=batch_size, seed=seed)  # fmt: skip
+                          num_classes=num_classes, lrs=lrs, epochs=epochs, batch_size=batch_size, seed=seed,
+                          device=device)  # fmt: skip
     held_out = {pooling: _top1(x[held], weights[pooling], train.labels[held]) for pooling, x in inputs.items()}
     pooling = max(held_out, key=lambda name: max(held_out[name]))
     index = held_out[pooling].index(max(held_out[pooling]))

@@ -31,8 +31,9 @@ def _fit(x: Tensor, labels: Tensor, num_classes: int, l2: float, max_iter: int) 
 
 
 def linear_accuracy(
-    train: Features, test: Features, *, num_classes: int, l2: float = 1e-3, max_iter: int = 60
-) -> float:
+    train: Features, test: Features, *, num_classes: int, l2: float = 1e-3, max_iter: int = 60,
+    device: torch.device | str = "cpu",
+) -> float:  # fmt: skip
     """Top-1 accuracy in percent of softmax regression on features standardised by the training set.
 
     The penalty l2 / 2 is on the weights alone, scikit-learn's C = 1 / (l2 N). A column that is constant in the training
@@ -40,6 +41,7 @@ def linear_accuracy(
     """
     check_probe(train, test, num_classes)
     mean, std = standardiser(train.features)
-    weight, bias = _fit((train.features - mean) / std, train.labels, num_classes, l2, max_iter)
+    x = ((train.features - mean) / std).to(device)
+    weight, bias = (part.cpu() for part in _fit(x, train.labels.to(device), num_classes, l2, max_iter))
     predicted = (((test.features - mean) / std).double() @ weight + bias).argmax(1)
     return 100 * int((predicted == test.labels).sum()) / len(test.labels)

@@ -13,7 +13,7 @@ from pipeline.cli import app, main
 from pipeline.config import load_config
 
 VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"],
-         ["eval", "linear"], ["eval", "finetune"], ["eval", "compression"],
+         ["eval", "linear"], ["eval", "attentive"], ["eval", "finetune"], ["eval", "compression"],
          ["visualize"], ["export"], ["sync"], ["compare"], ["bench", "data"], ["bench", "methods"],
          ["bench", "attention"], ["bench", "parity"], ["bench", "engines"], ["bench", "loop"],
          ["bench", "tracking"], ["bench", "save"], ["quickstart"],
@@ -99,6 +99,7 @@ def test_check_reports_all_problems_with_exit_code_2(monkeypatch, capsys, tmp_pa
     ["train", "no/such/config"],
     ["train", "quickstart/mae", "run.dir=/tmp/x", "data.train=/no/such.beton"],
     ["eval", "knn", "/no/such/run"],
+    ["eval", "attentive", "/no/such/run"],
     ["visualize", "/no/such/run"],
     ["export", "/no/such/run", "out.safetensors"],
     ["sync", "/no/such/run"],

@@ -199,7 +199,7 @@ def test_the_verb_prints_the_table_and_logs_each_solver_by_its_name(
     write_config(**QUICK)
     result = CliRunner().invoke(app, ["eval", "linear", str(run_dir), "--weights", "untrained", *options])
     assert result.exit_code == 0, result.output
-    *table, line = result.output.splitlines()
+    *table, line = result.stdout.splitlines()
     assert line.startswith(f"{name} ") and len(table) == (0 if options else 4)
     record = json.loads((run_dir / "log.jsonl").read_text())
     assert record["kind"] == "eval" and f"{record[f'{name}_untrained']:.2f} % top-1" in line

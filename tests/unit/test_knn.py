@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from pipeline.config import UserError
 from pipeline.evaluate import knn
 from pipeline.evaluate.features import Features
-from pipeline.evaluate.knn import knn_accuracy
+from pipeline.evaluate.knn import knn_accuracies, knn_accuracy
 
 
 def blobs(num: int, seed: int, *, width: int = 8, classes: int = 4, spread: float = 1.5, shift: float = 0) -> Features:
@@ -96,6 +96,33 @@ def test_agrees_with_scikit_learn() -> None:
     expected = 100 * model.score(test.features.numpy(), test.labels.numpy())
     assert 70 < expected < 100
     assert knn_accuracy(train, test, num_classes=4) == pytest.approx(expected, abs=0.34)  # one image of rounding
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 10])
+def test_agrees_with_scikit_learn_where_many_images_are_equally_near(k: int) -> None:
+    """Each training image is there four times under different labels; scikit-learn is told that the lower index is nearer."""
+    one, test = blobs(40, 1, spread=1), blobs(150, 2, spread=1)
+    labels = torch.randint(4, (160,), generator=torch.Generator().manual_seed(3))
+    train = Features(one.features.repeat(4, 1), labels)
+    units = [torch.nn.functional.normalize(part.features.double()).numpy() for part in (train, test)]
+    distance = 1 - units[1] @ units[0][:40].T
+    distance = np.tile(distance, 4) + 1e-14 * np.arange(160)
+    model = KNeighborsClassifier(k, weights=lambda far: np.exp((1 - far.round(6)) / 0.07), metric="precomputed")
+    model.fit(np.zeros((160, 160)), labels.numpy())
+    expected = 100 * model.score(distance, test.labels.numpy())
+    assert knn_accuracy(train, test, num_classes=4, k=k) == pytest.approx(expected)
+    backwards = Features(train.features.flip(0), labels.flip(0))
+    if k in (1, 3):
+        assert knn_accuracy(backwards, test, num_classes=4, k=k) != pytest.approx(expected)
+
+
+def test_several_k_at_once_are_each_alone() -> None:
+    train, test = blobs(300, 1), blobs(200, 2)
+    found = knn_accuracies(train, test, num_classes=4, ks=(1, 5, 20, 100))
+    assert found == {k: knn_accuracy(train, test, num_classes=4, k=k) for k in (1, 5, 20, 100)}
+    assert len(set(found.values())) > 2
+    with pytest.raises(UserError, match="eval.knn_k=301 is more than the 300 training images"):
+        knn_accuracies(train, test, num_classes=4, ks=(1, 301))
 
 
 def test_ties_go_to_the_lower_index() -> None:
