@@ -197,6 +197,7 @@ class Loader(ABC):
         self.policy: Callable[[Int64, UInt8], None] | None = (
             None  # done to images [n, 3, S, S] by their keys [n], in place
         )
+        self._only: Int64 | None = None
         self._running: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
     @abstractmethod
@@ -206,6 +207,13 @@ class Loader(ABC):
     def labels(self) -> Int64:
         """The class of every sample: int64 [N]."""
         return self._labels
+
+    def keep_only(self, ids: Int64, name: str) -> None:
+        """From now on the set is these samples, int64 [n] ascending, numbered from 0 in orders; their keys stay those of the whole.
+
+        ``name``: by what they were chosen.
+        """
+        self._only, self.num_samples, self.image_set = ids, len(ids), f"{self.image_set} {name}"
 
     def windows(self, num_pages: int) -> Windows:
         """What the windowed order of this set needs, ``num_pages`` pages a window. Raises UserError: only a beton has pages."""
@@ -235,6 +243,8 @@ class Loader(ABC):
             thread.join()
 
     def _make(self, epoch: int, batch_ids: Int64, pool: ThreadPoolExecutor, part: slice, pinned: bool) -> Batch:
+        if self._only is not None:
+            batch_ids = self._only[batch_ids]
         ids = np.array(batch_ids[part], np.int64)
         boxes = self.boxes(epoch, ids)
         size = self.crops.image_size

@@ -40,6 +40,8 @@ def _check_finetune(cfg: Config, method: FinetuneConfig) -> Iterable[str]:
         yield f"method.drop_after = {list(drops)}: should be below {depth}, the blocks of {cfg.model.name}, counted from 0"
     elif not all(finetune_tokens(cfg.grid**2, depth, drops, method.drop_ratio)):
         yield f"method.drop_ratio = {method.drop_ratio}: leaves no patch after {len(drops)} drops; lower it"
+    if cfg.eval.label_fraction < 1 and cfg.data.shuffle == "windowed":
+        yield f"eval.label_fraction = {cfg.eval.label_fraction}: its images lie all over the file; set data.shuffle=full"
     if cfg.optim.ema is not None:
         yield from _check_average(cfg)
 

@@ -129,6 +129,13 @@ def open_images(cfg: Config, which: Literal["train", "val"], *, augment: bool) -
         from pipeline.augment import build_policy
 
         loader.policy = build_policy(cfg.method, data.image_size)
+        if cfg.eval.label_fraction < 1:
+            from pipeline.evaluate.subset import label_subset
+
+            chosen = cfg.eval.label_fraction, cfg.eval.label_seed
+            loader.keep_only(
+                label_subset(loader.labels(), *chosen), f"label_fraction {chosen[0]} label_seed {chosen[1]}"
+            )
     return loader
 
 

@@ -36,6 +36,7 @@ def finetune_config(source: Config, run_dir: Path, settings: Sequence[str], weig
     cfg = load_config(files, [*own, *changes], defaults)
     images = dataset_size(cfg)
     own.append(f"method.num_classes={2 if images is None else num_classes(cfg)}")
-    if cfg.eval.loss_every is None and images and images >= cfg.train.global_batch:
-        own.append(f"eval.loss_every={images // cfg.train.global_batch}")  # once an epoch
+    steps = int((images or 0) * cfg.eval.label_fraction) // cfg.train.global_batch
+    if cfg.eval.loss_every is None and steps:
+        own.append(f"eval.loss_every={steps}")  # once an epoch
     return load_config(files, [*own, *changes], defaults)
