@@ -42,7 +42,8 @@ class EvalConfig(Section):
     A linear head is trained for ``linear_epochs`` of batches of ``linear_batch`` at each rate of ``linear_lrs``. ``mae``,
     ``attentive``: the recipes that train on crops of ``crop_scale`` (shares of the area) and flips, computing features at each
     step; ``pooling`` of mae: the mean of patch tokens, or the class token. ``label_fraction`` of each class of data.train is
-    used, chosen by ``label_seed``, for fine-tuning too. A process's encoder computes ``batch_size`` images at a time, in ``precision``.
+    used, chosen by ``label_seed``, for fine-tuning too. A process's encoder computes ``batch_size`` images at a time, in
+    ``precision``.
     During pretraining the loss on ``loss_images`` of data.val is taken every ``loss_every`` steps, always of the same crops
     and draws; in whole global batches, one at least.
     """
