@@ -37,6 +37,17 @@ class Mode(StrEnum):
     proportion = "proportion"
 
 
+class Kind(StrEnum):
+    """What `visualize` can draw."""
+
+    method = "method"
+    attention = "attention"
+    generation = "generation"
+    free = "free"
+    ranks = "ranks"
+    kept = "kept"
+
+
 Settings = Annotated[
     list[str],
     typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files or shipped names, then settings to change."),
@@ -212,16 +223,27 @@ def verify(
 @app.command()
 def visualize(
     run: RunDir,
+    kind: Annotated[list[Kind] | None, typer.Option(help="Only this picture; may be given again.")] = None,
     images: Annotated[int, typer.Option(min=1, help="How many images.")] = 6,
-    out: Annotated[Path | None, typer.Option(help="The picture; default: in the run's figures.")] = None,
+    block: Annotated[
+        int | None, typer.Option(min=1, help="Whose attention: a block, from 1; default: the last.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to; default: the run's figures, and MLflow.")
+    ] = None,
 ) -> None:
-    """Draw what a run's method does: RandSAC's segments, order and predictions, PCAE's kept tokens, MAE's reconstruction.
+    """Draw what a run's encoder and method do with images of data.val, a file a picture.
 
-    Example: patchmill visualize runs/randsac --images 8
+    method: MAE's reconstruction, RandSAC's segments, order and predictions, PCAE's masks and targets. attention: the encoder's
+    attention maps. Of RandSAC generation: each segment predicted from the true ones before it; free: from its own predictions;
+    ranks: the loss by rank. Of PCAE kept: the patches of the whole image that its teacher keeps at each stage.
+
+    Example: patchmill visualize runs/randsac --kind generation --kind free --images 4
     """
     from pipeline.visualize import visualize
 
-    _say(visualize(run, images, out))
+    for path in visualize(run, images, [one.value for one in kind or []], block, out):
+        _say(path)
 
 
 @app.command()

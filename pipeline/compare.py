@@ -122,7 +122,7 @@ def metrics(run: History) -> dict[str, dict[str, float]]:
         found["loss"] = _summary(ends.tolist(), means.tolist(), min)
     for name, points in sorted(run.points.items(), key=lambda item: (item[0] != HELDOUT, item[0])):
         steps, values = zip(*points, strict=True)
-        found[name] = _summary(steps, values, min if name == HELDOUT else max)
+        found[name] = _summary(steps, values, min if name in (HELDOUT, "mean_cosine") else max)
     return found
 
 

@@ -243,6 +243,10 @@ def _check(cfg: Config) -> Iterable[str]:
         yield f"data.train: is required and not set: the {'beton' if data.loader == 'ffcv' else 'manifest'} to train on"
     if cfg.eval.loss_every and data.loader != "synthetic" and data.val is None:
         yield f"data.val: is required and not set: eval.loss_every = {cfg.eval.loss_every} takes the loss of its images"
+    if cfg.eval.online_every and data.loader != "synthetic" and data.val is None:
+        yield f"data.val: is required and not set: eval.online_every = {cfg.eval.online_every} probes its images"
+    if cfg.eval.online_every and cfg.eval.online_images < cfg.eval.knn_k:
+        yield f"eval.online_images = {cfg.eval.online_images}: should be eval.knn_k ({cfg.eval.knn_k}) or more"
     if cfg.profile.start_step and train.steps and cfg.profile.start_step > train.steps:
         yield f"profile.start_step = {cfg.profile.start_step}: comes never, the run has train.steps = {train.steps}"
     if data.stage_in is not None and data.loader != "ffcv":

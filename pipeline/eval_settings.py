@@ -45,11 +45,15 @@ class EvalConfig(Section):
     used, chosen by ``label_seed``, for fine-tuning too. A process's encoder computes ``batch_size`` images at a time, in
     ``precision``.
     During pretraining the loss on ``loss_images`` of data.val is taken every ``loss_every`` steps, always of the same crops
-    and draws; in whole global batches, one at least.
+    and draws; in whole global batches, one at least. Every ``online_every`` epochs, and at the end, a kNN probe has
+    ``online_images`` training images as its memory and tests as many of data.val, always the same, and the log says how far the
+    features spread.
     """
 
     loss_every: Positive | None = None
     loss_images: Positive = 4096
+    online_every: Positive | None = None
+    online_images: Positive = 2048
     batch_size: Positive = 256
     precision: Literal["fp32", "bf16"] = "fp32"
     label_fraction: Ratio = 1.0

@@ -75,11 +75,23 @@ class Agreement:
 
 
 # In the order of a step: of two ranks in the same step, the one in the earlier phase keeps the other waiting.
-PHASES: Final = ("start", "data", "compute", "profile", "log", "held-out loss", "save", "figure", "end")
+PHASES: Final = (
+    "start",
+    "data",
+    "compute",
+    "profile",
+    "log",
+    "held-out loss",
+    "online signals",
+    "save",
+    "figure",
+    "end",
+)
 LONG: Final = (
     "start",
     "profile",
     "held-out loss",
+    "online signals",
     "save",
     "figure",
     "end",

@@ -28,6 +28,8 @@ STARTS: Final = ("start", "resume")
 # What only a process that trains writes; a probe's eval lines may come days later.
 TRAINER: Final = frozenset({*STARTS, "train", "checkpoint", "skip", "straggler", "rollback", "stop"})
 HELDOUT: Final = "heldout_loss"
+ONLINE: Final = "effective_rank"  # in every line of the trainer's online signals
+NO_SCORES: Final = ("kind", "time", "step", "heldout_images", "val_images", "online_images", "online_s")
 WINDOW: Final = 50  # training lines in a mean
 
 Floats = npt.NDArray[np.float64]
@@ -95,7 +97,7 @@ def counting(records: Sequence[Record]) -> list[Record]:
 
 def sessions(records: Sequence[Record]) -> list[Session]:
     """Each from a start or resume line to the trainer's last line before the next one, in the order of time."""
-    own = [record for record in records if record["kind"] in TRAINER or HELDOUT in record]
+    own = [record for record in records if record["kind"] in TRAINER or HELDOUT in record or ONLINE in record]
     starts = {record["time"]: record for record in own if record["kind"] in STARTS}
     began = np.array(sorted(starts))
     times = np.array([record["time"] for record in own])
@@ -137,7 +139,7 @@ def _points(kept: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
     points: dict[str, list[tuple[int, float]]] = {}
     for record in (record for record in kept if record["kind"] == "eval"):
         for name, value in record.items():
-            if name not in ("kind", "time", "step", "heldout_images") and isinstance(value, int | float):
+            if name not in NO_SCORES and isinstance(value, int | float):
                 points.setdefault(name, []).append((record.get("step", 0), float(value)))
     return points
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -137,6 +139,11 @@ def open_images(cfg: Config, which: Literal["train", "val"], *, augment: bool) -
                 label_subset(loader.labels(), *chosen), f"label_fraction {chosen[0]} label_seed {chosen[1]}"
             )
     return loader
+
+
+def spread(num_samples: int, number: int) -> npt.NDArray[np.int64]:
+    """Ids of at most ``number`` of a set's images, evenly over it: files lie class by class, so they show several classes."""
+    return np.linspace(0, num_samples - 1, min(number, num_samples)).round().astype(np.int64)
 
 
 @dataclass(frozen=True)

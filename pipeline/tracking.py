@@ -33,7 +33,18 @@ from pipeline.mlflow_run import (
 )
 from pipeline.runlog import LOG, Record, RunLog, discard_after, read_log, read_whole
 
-__all__ = ["MlflowSink", "RunLog", "SyncReport", "discard_after", "nest", "read_log", "resolve_uri", "sync", "tag"]
+__all__ = [
+    "MlflowSink",
+    "RunLog",
+    "SyncReport",
+    "discard_after",
+    "nest",
+    "read_log",
+    "resolve_uri",
+    "send_figures",
+    "sync",
+    "tag",
+]
 
 FLUSH_S = 5.0
 MAX_RETRY_S = 30.0
@@ -271,6 +282,30 @@ def tag(run_dir: Path, uri: str, tags: Mapping[str, str]) -> None:
             from mlflow.entities import RunTag
 
             MlflowClient(uri).log_batch(run_id, tags=[RunTag(*item) for item in tags.items()], synchronous=True)
+
+
+def send_figures(run_dir: Path, paths: Sequence[Path]) -> str | None:
+    """Put pictures among the figures of the run's run in the store that has it, in place of those of their names; the store.
+
+    None, with a warning, when it does not take them, and without one for a run that no store has.
+    """
+    state = load_state(run_dir)
+    if state["run_id"] is None:
+        return None
+    config = run_dir / "config.yaml"
+    set_now = resolve_uri(load_config([config]).tracking.uri, run_dir) if config.exists() else None
+    uri: str = set_now if set_now and redact(set_now) == state["uri"] else state["uri"]
+    try:
+        with _reachable(uri, "patchmill sync sends the pictures later"):
+            from mlflow import MlflowClient
+
+            client = MlflowClient(uri)
+            for path in paths:
+                client.log_artifact(state["run_id"], str(path), "figures")
+    except UserError as error:
+        log.warning("%s", error)
+        return None
+    return redact(uri)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ from pipeline.estimate import flops_per_image
 from pipeline.eval_settings import FinetuneConfig
 from pipeline.evaluate.finetune import require_labels, start_from
 from pipeline.guard import Agreement, Heartbeat, NonFinite, NonFiniteGuard, Stragglers
-from pipeline.heldout import open_heldout
 from pipeline.launch import Portion, World, connect
 from pipeline.metrics import Progress, device_name, peak_gib, setup_logging
 from pipeline.optim import lr_at, momentum_at
@@ -34,6 +33,7 @@ from pipeline.saver import Saved, Saver
 from pipeline.steps import Silent, StepBuffer, update
 from pipeline.stop import StopRequest
 from pipeline.tracking import MlflowSink, RunLog, discard_after, read_log, resolve_uri
+from pipeline.watches import Watch, open_watches
 
 log = logging.getLogger("patchmill")
 
@@ -60,9 +60,9 @@ class Trainer:
             self.loader = open_images(cfg, "train", augment=True)
             self.plan = Plan.of(cfg, self.loader.num_samples)
             require_labels(cfg, self.loader.num_classes)
-            self.heldout = open_heldout(cfg)
+            self.watches = open_watches(cfg, self.plan)
         self._require_same_images()
-        self.restarts, self.rollbacks, self.trouble, self.save_owed, self.heldout_step = 0, 0, 0, False, 0
+        self.restarts, self.rollbacks, self.trouble, self.save_owed = 0, 0, 0, False
         self.profiler = Profiler(cfg, folder, world)
         self._take_up()
         self.sink: MlflowSink | Silent = Silent()
@@ -208,8 +208,8 @@ class Trainer:
             self.profiler.close(self.step)
             self.saver.close()
             self.loader.close()
-            if self.heldout is not None:
-                self.heldout.close()
+            for watch in self.watches:
+                watch.close()
             self.sink.close(status)
 
     def _attempt(self, stop: StopRequest, progress: Progress) -> bool:
@@ -251,39 +251,37 @@ class Trainer:
         progress.update(self.step)
 
     def _between(self, progress: Progress) -> None:
-        """What is due after a step: the log, the held-out loss, a checkpoint."""
+        """What is due after a step: the log, the held-out loss, the online signals, a checkpoint."""
         cfg, step = self.cfg, self.step
         self._report(self.saver.outcome())
-        due = [
-            every and step % every == 0
-            for every in (cfg.log.every_steps, cfg.eval.loss_every, cfg.checkpoint.every_steps)
-        ]
-        due[2] = due[2] or self.save_owed
-        if not any(due):
+        log_due, save_due = step % cfg.log.every_steps == 0, step % cfg.checkpoint.every_steps == 0 or self.save_owed
+        watches = [watch for watch in self.watches if watch.due(step)]
+        if not (log_due or save_due or watches):
             return
         self.heart.beat("log", step)
         means = self.buffer.flush()
-        if due[0]:
+        if log_due:
             progress.update(step, text=f"loss {means['loss']:.4f}  {means['images_per_s']:.0f} images/s")
             for line in self.stragglers.observe(means["data_wait"]):
                 self.run_log.write("straggler", step=step, reason=line)
                 if self.world.is_main:
                     log.warning("%s", line)
-        if due[1]:
-            self._held_out()
+        for watch in watches:  # before the save: what a kill in here takes away is done again
+            self._observe(watch)
         # In a streak the newest checkpoint is what a roll-back goes to, and must stay: the one that is due waits for its end.
-        self.save_owed = due[2] and self.guard.streak > 0
-        if due[2] and not self.save_owed:
+        self.save_owed = save_due and self.guard.streak > 0
+        if save_due and not self.save_owed:
             self._save()
 
-    def _held_out(self) -> None:
-        assert self.heldout is not None
-        self.heart.beat("held-out loss", self.step)
-        found, self.heldout_step = self.heldout.measure(self.engine, self.portion, self.world), self.step
-        line = self.run_log.write("eval", step=self.step, **found)
+    def _observe(self, watch: Watch) -> None:
+        self.heart.beat(watch.name, self.step)
+        fields, text = watch.observe(self.engine, self.portion, self.world)
+        line = self.run_log.write("eval", step=self.step, **fields)
         if not self.guard.streak:  # else it may be rolled back, and MLflow forgets nothing; sync sends what stays
             self.sink.log(self.step, line)
-        log.info("step %d: %s", self.step, ", ".join(f"{name} {value:g}" for name, value in found.items()))
+        log.info("step %d: %s", self.step, text)
+        if "collapse" in fields:
+            log.warning("step %d: the features look collapsed: %s; training goes on", self.step, fields["collapse"])
         self.buffer.flush()  # the pause is not training time
 
     def _roll_back(self, found: NonFinite) -> None:
@@ -336,8 +334,6 @@ class Trainer:
         peak: dict[str, float] = {}
         if done:
             peak = {"peak_gib": max(self.world.gather(peak_gib(self.device)))}  # of training, without the figure
-            if self.heldout is not None and self.heldout.at_end and self.heldout_step != self.step:
-                self._held_out()
             self.heart.beat("figure", self.step)
             self._figure()
         self.heart.beat("end", self.step)

@@ -163,11 +163,18 @@ def embed(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
     return tokens + encoder.pos_embed[0, encoder.num_prefix_tokens :][ids]
 
 
-def encode_visible(encoder: VisionTransformer, patches: Tensor, ids: Tensor, keep: Tensor | None) -> Tensor:
-    """Class token and visible patches through all blocks and the final norm: [B, 1 + n, D] (MAE, PCAE's student)."""
+def enter(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
+    """What the first block reads of patches [B, n, C, p, p] at ``ids`` [B, n]: [B, (1 +) n, D], the class token first."""
     tokens = embed(encoder, patches, ids)
+    if encoder.cls_token is None:
+        return tokens
     class_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-    x = torch.cat([class_token, tokens], dim=1)
+    return torch.cat([class_token, tokens], dim=1)
+
+
+def encode_visible(encoder: VisionTransformer, patches: Tensor, ids: Tensor, keep: Tensor | None) -> Tensor:
+    """Class token, if there is one, and visible patches through all blocks and the final norm: [B, (1 +) n, D]."""
+    x = enter(encoder, patches, ids)
     for index, block in enumerate(encoder.blocks):
         x = block(x, factors=block.factors(None if keep is None else keep[index]))
     return encoder.norm(x)

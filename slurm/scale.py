@@ -72,7 +72,8 @@ def short(steps: int) -> dict[str, str]:
     return {
         "train.steps": str(steps), "train.epochs": "null", "optim.warmup_steps": str(steps - 1), "optim.warmup_epochs": "null",
         "checkpoint.every_steps": str(steps), "checkpoint.keep": "1", "log.every_steps": str(INTERVAL),
-        "eval.loss_every": "null", "profile.start_step": "null", "run.resume": "auto", "slurm.max_crashes": "1",
+        "eval.loss_every": "null", "eval.online_every": "null", "profile.start_step": "null", "run.resume": "auto",
+        "slurm.max_crashes": "1",
     }  # fmt: skip
 
 

@@ -112,7 +112,7 @@ class Case:
 class Trace:
     """What a case did: per step loss and gradient norm; sha256 of its first weights; the average before and after.
 
-    ``seen``: what it predicts for two images at the end [2, T, C], and the pixels of its figure.
+    ``seen``: what it predicts for two images at the end [2, T, C], the pixels of its figure, and their features [2, D].
     """
 
     losses: list[float]
@@ -218,6 +218,7 @@ def run_case(case: Case, steps: int) -> Trace:
     asked = batch.images, engine.method.draw(batch.keys, labels=batch.labels)
     figure = torch.from_numpy(np.array(engine.call("figure", *asked)))
     seen = {"pred": engine.call("predict", *asked).pred.contiguous(), "figure": figure}
+    seen["features"] = engine.call("features", *asked).contiguous()
     return Trace(losses, norms, digest.hexdigest(), average(), first, seen)
 
 

@@ -46,7 +46,7 @@ class Engine(Protocol):
         """Clip by the global norm, update the weights unless the gradient is not finite, move the teacher."""
 
     def call(self, name: str, *args: Any) -> Any:
-        """A read-only method (predict, figure) with all parameters at hand."""
+        """A read-only method (predict, figure, features) with all parameters at hand."""
 
     def state(self) -> dict[str, Tensor]:
         """Weights, teacher, moments and Adam's counts under the plain module's names, for a checkpoint to be read into too."""

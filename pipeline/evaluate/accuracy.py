@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.launch import Portion, World
+from pipeline.order import Plan
 from pipeline.runs import open_images
 
 TOP: Final = 5
@@ -34,14 +35,27 @@ class Accuracy:
     Top-5 is left out where there are no more classes.
     """
 
-    at_end = True
+    name = "accuracy"
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, plan: Plan) -> None:
         """Raises UserError when data.val is not set, broken or empty."""
+        self._every, self._last = cfg.eval.loss_every, plan.total_steps
         self._loader, self._batch = open_images(cfg, "val", augment=False), cfg.eval.batch_size
         self._top5 = self._loader.num_classes > TOP
 
-    def measure(self, engine: Engine, portion: Portion, world: World) -> dict[str, float]:
+    def due(self, step: int) -> bool:
+        """Every ``eval.loss_every`` steps, and after the last one."""
+        return step == self._last or (self._every is not None and step % self._every == 0)
+
+    def observe(self, engine: Engine, portion: Portion, world: World) -> tuple[dict[str, float], str]:
+        """Fields for the log, and a line for people; all ranks call it and get the same."""
+        found = self.measure(engine, world)
+        told = {"top1": "{:.2f} % top-1", "top5": "{:.2f} % top-5", "loss": "loss {:.4f}"}
+        words = [form.format(found[f"val_{name}{of}"]) + (" (average)" if of else "")
+                 for of in ("", "_ema") for name, form in told.items() if f"val_{name}{of}" in found]  # fmt: skip
+        return found, f"{', '.join(words)}; {found['val_images']} images"
+
+    def measure(self, engine: Engine, world: World) -> dict[str, float]:
         """Of the weights of now; all ranks call it, make equally many calls, and get the same."""
         ids, sums = np.arange(self._loader.num_samples)[world.rank :: world.size], dict[str, Tensor]()
         calls = -(-self._loader.num_samples // (world.size * self._batch))

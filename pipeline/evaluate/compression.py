@@ -4,7 +4,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -106,8 +106,7 @@ def compression(
                 1 / statistics.median(seconds[ratio])) for ratio in settings]  # fmt: skip
     report = CompressionReport(rows, cfg.method.drop_ratio, len(ids), device_name(device))
     with RunLog(run_dir / "log.jsonl") as log:
-        log.write("eval", step=restored.step, **{f"top1_{weights}_drop_{row.ratio:g}": row.top1 for row in rows},
-                  compression=[asdict(row) for row in rows])  # fmt: skip
+        log.write("eval", step=restored.step, **{f"top1_{weights}_drop_{row.ratio:g}": row.top1 for row in rows})
     if out is not None:
         _draw(report, out)
     return report

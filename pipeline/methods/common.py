@@ -1,11 +1,12 @@
 """What the methods share: the draws, the prediction, the loss over tokens, and figures."""
 
 import copy
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.segments import segment_sizes, split_tokens
-from pipeline.vit import IMAGE_MEAN, IMAGE_STD, unpatchify
+from pipeline.vit import IMAGE_MEAN, IMAGE_STD, encode_visible, normalise, patchify, unpatchify
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class Method(nn.Module, ABC):
 
     encoder: nn.Module
     decoder: nn.Module
+    patch_size: int
     token_loss: Callable[[Prediction], Tensor] = staticmethod(pixel_loss)
 
     @abstractmethod
@@ -143,6 +148,16 @@ class Method(nn.Module, ABC):
         loss = token_mean(losses, prediction.weight)
         return loss, {"loss": loss.detach(), **self.monitor(prediction, losses.detach(), draw)}
 
+    def features(self, images: Tensor, draw: Any, teacher: nn.Module | None = None) -> Tensor:
+        """The mean of the encoder's patch tokens after its final norm, nothing masked: what the probes see, fp32 [B, D].
+
+        Images uint8 [B, 3, H, W]; ``draw`` and ``teacher`` are not used.
+        """
+        patches = patchify(normalise(images), self.patch_size)
+        ids = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+        tokens = encode_visible(self.encoder, patches, ids, None)
+        return tokens[:, self.encoder.num_prefix_tokens :].float().mean(dim=1)
+
     def monitor(self, prediction: Prediction, losses: Tensor, draw: Any) -> dict[str, Tensor]:
         """Further scalars for the log; ``losses`` [B, T] are the tokens'. The log has their mean over micro-batches."""
         return {}
@@ -170,14 +185,27 @@ def rows_to_image(rows: Tensor, channels: int = 3) -> np.ndarray:
     return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def panels(columns: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
-    """A grid of pictures: one titled column a stage, one row an image. Maps [H, W] are drawn in a colour scale."""
+def render(figure: "Figure") -> Image.Image:
+    """A figure as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def panels(columns: list[tuple[str, list[np.ndarray]]], title: str = "") -> Image.Image:
+    """A grid of pictures: one titled column a stage, one row an image. Maps [H, W] are drawn in a colour scale, each in its own.
+
+    ``title`` stands above all, in as many lines as it needs.
+    """
     from matplotlib.figure import Figure
 
     rows, width = len(columns[0][1]), len(columns)
-    figure = Figure(figsize=(1.6 * width, 1.6 * rows + 0.4), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    lines = textwrap.wrap(title, 22 * width)
+    figure = Figure(figsize=(1.6 * width, 1.6 * rows + 0.4 + 0.16 * len(lines)), dpi=120, layout="constrained")
+    if lines:
+        figure.suptitle("\n".join(lines), fontsize=8)
     axes = figure.subplots(rows, width, squeeze=False)
     for column, (title, pictures) in enumerate(columns):
         axes[0, column].set_title(title, fontsize=8)
@@ -185,5 +213,4 @@ def panels(columns: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
             axis = axes[row, column]
             axis.set_axis_off()
             axis.imshow(picture, interpolation="nearest", cmap="viridis" if picture.ndim == 2 else None)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return render(figure)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pipeline.bench import parity
 from pipeline.bench.parity import (
@@ -99,6 +100,14 @@ def test_the_figure_is_the_single_processs(traces, case):
     assert found.shape == expected.shape
     assert float((found - expected).abs().float().mean()) < 0.5
     assert int(found.max()) > int(found.min())
+
+
+@pytest.mark.parametrize("case", SAME, ids=lambda case: case.name)
+def test_the_features_are_the_single_processs(traces, case):
+    found, expected = (traces[which].seen["features"] for which in (case, reference(case)))
+    assert found.shape == (2, 96) and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert float((expected[0] - expected[1]).abs().max()) > 1e-2
 
 
 def test_a_run_that_tells_nothing_is_refused(traces):

@@ -358,3 +358,16 @@ def test_a_batch_script_and_a_shell_are_alone_and_half_a_place_is_refused():
     assert find_place({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}) == {}
     with pytest.raises(UserError, match="RANK = 0 is set and WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"):
         find_place({"RANK": "0"})
+
+
+def test_online_signals_of_two_ranks_that_hold_a_part_each_are_those_of_one(tmp_path):
+    """Weights that stay as they were, so that only the signals could differ."""
+    still = "optim.base_lr=1e-30", "optim.weight_decay=0.0", "train.steps=2"
+    more = "eval.online_every=1", "eval.online_images=150", "checkpoint.every_steps=2"
+    rows = []
+    for name, engine in (("one", ["engine.name=single"]), ("two", ["engine.name=fsdp2", "--nproc", "2"])):
+        process = start(tmp_path / name, *still, *more, *engine)
+        assert process.wait() == 0, process.stderr.read()
+        (row,) = (line for line in read_log(tmp_path / name / "log.jsonl") if line["kind"] == "eval")
+        rows.append([row[key] for key in ("step", "online_knn", "effective_rank", "mean_cosine", "online_images")])
+    assert rows[0] == rows[1] and rows[0][0] == 2

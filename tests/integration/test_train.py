@@ -18,6 +18,7 @@ from pipeline import checkpoint
 from pipeline.config import RunFailed, UserError, load_config
 from pipeline.data import Loader
 from pipeline.heldout import HeldOut
+from pipeline.methods.mae import MAE
 from pipeline.runlog import read_log
 from pipeline.stop import StopRequest
 from pipeline.train import train
@@ -324,6 +325,31 @@ def test_the_held_out_loss_has_one_line_a_time_and_disturbs_nothing(finished, tm
     assert rows[-1]["heldout_loss"] < rows[0]["heldout_loss"]
     with pytest.raises(UserError, match=r"has 8 images, fewer than train.global_batch = 16"):
         HeldOut(load_config(["quickstart/mae"], settings(tmp_path / "few", "data.num_samples=8")))
+
+
+def test_online_signals_come_every_n_epochs_and_disturb_nothing(finished, tmp_path):
+    run, more = tmp_path / "run", ("eval.online_every=2", "eval.online_images=40", "eval.knn_k=5")
+    assert run_it(run, *more) == 0
+    assert log_of(run) == log_of(finished)
+    rows = [line for line in read_log(run / "log.jsonl") if line["kind"] == "eval"]
+    assert [row["step"] for row in rows] == [8, 12]
+    assert all(
+        1 < row["effective_rank"] < 96 and 0 < row["mean_cosine"] < 1 and row["online_images"] == 40 for row in rows
+    )
+    assert all(0 <= row["online_knn"] <= 100 and row["online_s"] > 0 for row in rows)
+    text = (run / "log.txt").read_text()
+    assert re.search(r"INFO step 12: kNN \d+\.\d\d %, effective rank \d+\.\d of 96, mean cosine \d", text)
+    assert "collapsed" not in text
+
+
+def test_features_that_collapse_are_told_and_training_goes_on(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(MAE, "features", lambda self, images, draw, teacher=None: torch.ones(len(images), 96))
+    run = tmp_path / "run"
+    assert run_it(run, "eval.online_every=3", "eval.knn_k=5") == 0
+    assert log_of(run) == log_of(finished)
+    (row,) = (line for line in read_log(run / "log.jsonl") if line["kind"] == "eval")
+    assert row["collapse"] == "effective rank 1.00 of 96 is under 2.00" and "online_knn" not in row
+    assert "WARNING step 12: the features look collapsed: effective rank 1.00" in (run / "log.txt").read_text()
 
 
 def test_a_profile_is_written_and_memory_that_runs_out_names_the_settings(finished, tmp_path, monkeypatch):

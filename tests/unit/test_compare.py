@@ -145,6 +145,16 @@ def test_a_session_lasts_to_its_last_held_out_loss(write: Write) -> None:
     assert run.facts["hours"] == 50 / 3600
 
 
+def test_online_signals_are_scores_and_the_trainers_own(write: Write) -> None:
+    rows = [note(at, step, online_knn=knn, effective_rank=9.0, mean_cosine=cosine, online_images=8, online_s=2.0, collapse="so")
+            for at, step, knn, cosine in ((25, 2, 40.0, 0.5), (60, 4, 30.0, 0.9))]  # fmt: skip
+    run = read_folder(write("run", [turn("start", 0, 0), *steps(1, 4, 10), *rows]))
+    assert run.facts["hours"] == 60 / 3600
+    found = metrics(run)
+    assert list(found) == ["loss", "effective_rank", "mean_cosine", "online_knn"]
+    assert (found["online_knn"]["best"], found["mean_cosine"]["best"], found["mean_cosine"]["last"]) == (40, 0.5, 0.9)
+
+
 def test_lines_before_the_first_start_have_no_process_hours(write: Write) -> None:
     hours = read_folder(write("run", [*steps(1, 2, 10), turn("resume", 30, 2), *steps(3, 3, 40)])).hours
     assert np.isnan(hours[:2]).all() and hours[2] == 10 / 3600
