@@ -22,7 +22,10 @@ app = typer.Typer(
 prep = typer.Typer(help="Turn images into a sealed beton file: scan, write, verify.", no_args_is_help=True,
                    rich_markup_mode=None)  # fmt: skip
 app.add_typer(prep, name="prep")
+importing = typer.Typer(help="Make a run of another program's weights, for evaluation and export.", no_args_is_help=True,
+                        rich_markup_mode=None)  # fmt: skip
 app.add_typer(evaluate, name="eval")
+app.add_typer(importing, name="import")
 app.add_typer(bench, name="bench")
 for verb in (submit, sweep, chain, scale, status, cancel, logs):
     app.command()(verb)
@@ -249,16 +252,39 @@ def visualize(
 @app.command()
 def export(
     run: RunDir,
-    out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="The .safetensors file to write, or a new folder: weights, timm's config.json, model card."
+        ),
+    ],
     weights: WhichWeights = Weights.model,
 ) -> None:
-    """Write the encoder as safetensors that timm loads, and print the call that loads it.
+    """Write the encoder as a file or a folder that timm loads, and print the call that loads it.
 
-    Example: patchmill export runs/mae encoder.safetensors
+    Example: patchmill export runs/mae exports/mae
     """
     from pipeline.export import export
 
     _say(export(run, out, weights.value))
+
+
+@importing.command()
+def mae(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE.pth", help="The checkpoint; with or without the decoder. No code in it is run."),
+    ],
+    settings: Settings,
+) -> None:
+    """Make a run of a pretraining checkpoint of facebookresearch/mae; eval, visualize and export take it as any other.
+
+    Example: patchmill import mae mae_pretrain_vit_base.pth imagenet/mae_vit_b data.train=train.beton data.val=val.beton
+    run.dir=runs/public
+    """
+    from pipeline.importing import import_mae
+
+    _say(import_mae(file, _config(settings)))
 
 
 @app.command()

@@ -5,11 +5,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -148,13 +148,17 @@ def spread(num_samples: int, number: int) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Restored:
-    """A run's method on the CPU in fp32, its teacher if it has one, the step, and a hash that names these weights."""
+    """A run's method on the CPU in fp32, its teacher if it has one, the step, and a hash that names these weights.
+
+    ``state``: what the checkpoint says besides; empty where there is none.
+    """
 
     cfg: Config
     method: Method
     teacher: nn.Module | None
     step: int
     identity: str
+    state: Mapping[str, Any] = field(default_factory=dict)
 
 
 def restore(run_dir: Path, weights: str = "model") -> Restored:
@@ -189,4 +193,5 @@ def restore(run_dir: Path, weights: str = "model") -> Restored:
                 elif weights == "ema":
                     own[name].copy_(parameter)
     identity = hashlib.sha256((path / checkpoint.SEAL).read_bytes()).hexdigest()
-    return Restored(cfg, method, teacher, int(checkpoint.read_state(path)["step"]), f"{weights} {identity}")
+    state = checkpoint.read_state(path)
+    return Restored(cfg, method, teacher, int(state["step"]), f"{weights} {identity}", state)

@@ -116,6 +116,10 @@ class Trainer:
         self.saved_step = self.step if path else None
 
     def _load(self, path: Path, state: Mapping[str, Any]) -> None:
+        if "imported" in state:
+            raise UserError(
+                f"run.dir = {self.folder}: holds imported weights, for evaluation and export; train in another folder"
+            )
         if state["image_set"] != self.loader.image_set:
             raise UserError(f"data.train = {self.cfg.data.train}: holds another image set than the one that {path} was trained "
                             f"on ({self.loader.image_set[:12]} instead of {state['image_set'][:12]})")  # fmt: skip

@@ -1,8 +1,6 @@
 """MAE: masked autoencoder with pixels normalised by patch (He et al., CVPR 2022, arXiv 2111.06377)."""
 
-import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,25 +101,20 @@ def public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_public(method: MAE, path: Path, *, encoder_only: bool = False) -> None:
-    """Fill a method that is not sharded from a checkpoint of facebookresearch/mae; with ``encoder_only`` its encoder alone.
+def load_public(method: MAE, public: Mapping[str, Tensor], *, encoder_only: bool = False) -> None:
+    """Fill a method that is not sharded with weights under facebookresearch/mae's names; with ``encoder_only`` its encoder.
 
-    Raises ValueError that lists what the file lacks, what the method does not know and what has another shape; the
-    method is then as it was.
+    Raises ValueError that lists what has another shape, what is missing and what the method does not know; the method is
+    then as it was.
     """
-    # Their training stores its arguments beside the weights.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if "model" not in loaded:
-        raise ValueError(f"{path}: no checkpoint of facebookresearch/mae: it has no entry 'model'")
-    state, own = public_names(loaded["model"]), dict(method.named_parameters())
+    state, own = public_names(public), dict(method.named_parameters())
     if encoder_only:
         state, own = ({n: v for n, v in part.items() if n.startswith("encoder.")} for part in (state, own))
-    problems = [f"missing: {name}" for name in sorted(own.keys() - state.keys())]
-    problems += [f"unknown: {name}" for name in sorted(state.keys() - own.keys())]
-    problems += [f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
-                 for name in own if name in state and state[name].shape != own[name].shape]  # fmt: skip
+    problems = [f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
+                for name in own if name in state and state[name].shape != own[name].shape]  # fmt: skip
+    problems += [f"missing: {name}" for name in own if name not in state]
+    problems += [f"unknown: {name}" for name in state if name not in own]
     if problems:
-        raise ValueError(f"{path}: does not fit: {'; '.join(problems)}")
+        raise ValueError("; ".join(problems))
     for name, parameter in own.items():
         parameter.copy_(state[name])

@@ -14,7 +14,7 @@ from pipeline.config import load_config
 
 VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"], ["prep", "verify"], ["eval", "knn"],
          ["eval", "linear"], ["eval", "attentive"], ["eval", "finetune"], ["eval", "compression"],
-         ["visualize"], ["export"], ["sync"], ["compare"], ["bench", "data"], ["bench", "methods"],
+         ["visualize"], ["export"], ["import", "mae"], ["sync"], ["compare"], ["bench", "data"], ["bench", "methods"],
          ["bench", "attention"], ["bench", "parity"], ["bench", "engines"], ["bench", "loop"],
          ["bench", "tracking"], ["bench", "save"], ["quickstart"],
          ["submit"], ["sweep"], ["chain"], ["scale"], ["status"], ["cancel"], ["logs"]]  # fmt: skip
@@ -102,6 +102,7 @@ def test_check_reports_all_problems_with_exit_code_2(monkeypatch, capsys, tmp_pa
     ["eval", "attentive", "/no/such/run"],
     ["visualize", "/no/such/run"],
     ["export", "/no/such/run", "out.safetensors"],
+    ["import", "mae", "/no/such.pth", "quickstart/mae", "data.train=x", "run.dir=/tmp/x"],
     ["sync", "/no/such/run"],
     ["compare", "/no/such/run", "/no/such/other"],
     ["compare"],
