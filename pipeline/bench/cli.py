@@ -218,3 +218,45 @@ def save(
         statistic="median of the rounds",
         **facts(folder),
     )
+
+
+@bench.command()
+def evidence(
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change in every row.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where the packed images and the runs go.")] = Path("runs/evidence"),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            envvar="PATCHMILL_DATA",
+            help="Holds cifar-10-python.tar.gz, or its images as JPEGs in cifar10_jpeg_q75.npz.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each (OMP_NUM_THREADS).")] = 2,
+    seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this row, or another configuration as a row; may be given again."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Save and stop after so long; the same command goes on.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and what they should cost.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Only show what is there already.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Also write the table there, and draw it in FILE.png."),
+    ] = None,
+) -> None:
+    """Pretrain and probe every row of configs/evidence on CIFAR-10: the methods, their controls, untrained, raw pixels.
+
+    Hours of CPU. Ctrl-C saves and stops; the same command goes on, after a kill too. In the background: nohup ... &
+
+    Example: patchmill bench evidence --data data --jobs 2 --out evidence.json
+    """
+    from pipeline.bench.evidence_run import Options, run
+
+    options = Options(tuple(changes or ()), folder, data, jobs, seeds, tuple(only or ()), minutes, dry_run, report, out)
+    raise typer.Exit(run(options))

@@ -42,7 +42,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def write_report(path: Path, rows: Sequence[Any], **facts: str) -> None:
+def write_report(path: Path, rows: Sequence[Any], **facts: Any) -> None:
     """Write dataclass ``rows`` with hardware, versions, load average (1, 5, 15 minutes), date, command line and ``facts``."""
     report = {
         "command": shlex.join(["patchmill", *sys.argv[1:]]),

@@ -33,9 +33,22 @@ class StartWeights(StrEnum):
     ema = "ema"
 
 
+class Probed(StrEnum):
+    """What a probe sees: an encoder with some of its weights, or the images themselves."""
+
+    model = "model"
+    ema = "ema"
+    untrained = "untrained"
+    pixels = "pixels"
+
+
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 WhichWeights = Annotated[
     Weights, typer.Option(help="Which encoder; ema is the teacher's, untrained the same one at step 0.")
+]
+WhatIsProbed = Annotated[
+    Probed,
+    typer.Option("--weights", help="Which encoder, untrained being the one at step 0; or raw pixels, averaged to 32."),
 ]
 Changes = Annotated[
     list[str] | None,
@@ -132,7 +145,7 @@ def compression(
 def knn(
     run: RunDir,
     changes: Changes = None,
-    weights: WhichWeights = Weights.model,
+    weights: WhatIsProbed = Probed.model,
     k: Annotated[list[int] | None, typer.Option(min=1, help="Also with so many neighbours; may be repeated.")] = None,
     nproc: Nproc = 1,
 ) -> None:
@@ -148,7 +161,7 @@ def knn(
 def linear(
     run: RunDir,
     changes: Changes = None,
-    weights: WhichWeights = Weights.model,
+    weights: WhatIsProbed = Probed.model,
     exact: Annotated[
         bool, typer.Option("--exact", help="Solve one softmax regression on the mean of patch tokens instead.")
     ] = False,

@@ -16,7 +16,7 @@ VERBS = [["train"], ["check"], ["estimate"], ["prep", "scan"], ["prep", "write"]
          ["eval", "linear"], ["eval", "attentive"], ["eval", "finetune"], ["eval", "compression"],
          ["visualize"], ["export"], ["import", "mae"], ["sync"], ["compare"], ["bench", "data"], ["bench", "methods"],
          ["bench", "attention"], ["bench", "parity"], ["bench", "engines"], ["bench", "loop"],
-         ["bench", "tracking"], ["bench", "save"], ["quickstart"],
+         ["bench", "tracking"], ["bench", "save"], ["bench", "evidence"], ["quickstart"],
          ["submit"], ["sweep"], ["chain"], ["scale"], ["status"], ["cancel"], ["logs"]]  # fmt: skip
 
 

@@ -1,0 +1,89 @@
+"""`patchmill bench evidence` from its options to its exit code."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from pipeline.bench.evidence import Run, describe, parse_seeds, plan, rows
+from pipeline.bench.evidence_data import find_images, image_sets, pack, packed
+from pipeline.bench.evidence_queue import Outcome, Queue, locked
+from pipeline.bench.evidence_report import EvidenceRow, compressed, orderings, show, summarise
+from pipeline.bench.report import check_out, write_report
+from pipeline.config import UserError
+from pipeline.metrics import Progress, setup_logging
+from pipeline.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those of the command line, in its order."""
+
+    changes: tuple[str, ...]
+    folder: Path
+    data: Path | None
+    jobs: int
+    seeds: str
+    only: tuple[str, ...]
+    minutes: float | None
+    dry_run: bool
+    report: bool
+    out: Path | None
+
+
+def _work(options: Options, runs: Sequence[Run]) -> Outcome:
+    """Pack what is needed, then the queue."""
+    with locked(options.folder):
+        if any(run.cfg.data.loader != "synthetic" for run in runs) and not packed(options.folder / "data"):
+            pack(find_images(options.data), options.folder / "data", options.jobs)
+        queue = Queue(options.folder, runs, options.jobs)
+        with StopRequest() as stop, Progress("evidence", None, "CPU s") as progress:
+            return queue.work(stop, progress, options.minutes)
+
+
+def _write(out: Path, found: Sequence[EvidenceRow], runs: Sequence[Run], folder: Path) -> None:
+    """The report and its figure."""
+    from pipeline.bench.evidence_figure import draw
+    from pipeline.compare_figure import encode
+
+    told = [{"claim": one.claim, "source": one.source, "above": one.above, "below": one.below, "differences": one.differences,
+             "verdict": one.verdict} for one in orderings(found)]  # fmt: skip
+    write_report(
+        out,
+        found,
+        seeds=sorted({run.seed for run in runs}),
+        image_sets=image_sets(folder / "data"),
+        orderings=told,
+        compression=[asdict(row) for row in compressed(runs)],
+    )
+    out.with_suffix(".png").write_bytes(encode(draw(found), ".png"))
+
+
+def run(options: Options) -> int:
+    """Run what is not done, then say what was found; returns the exit code.
+
+    Raises UserError for a wrong option, missing images, or a report of nothing.
+    """
+    setup_logging(None)
+    check_out(options.out)
+    if options.out is not None and options.out.suffix != ".json":
+        raise UserError(f"--out {options.out}: the name must end in .json; the figure goes beside it as .png")
+    runs = plan(options.folder, rows(options.only, options.changes), parse_seeds(options.seeds))
+    if options.dry_run:
+        typer.echo(describe(options.folder, runs, options.jobs))
+        return 0
+    outcome = Outcome() if options.report else _work(options, runs)
+    for line in outcome.failed:
+        sys.stderr.write(f"failed: {line}\n")
+    try:
+        found = summarise(options.folder, runs)
+    except UserError:
+        if options.report:
+            raise
+        return outcome.code
+    show(found, compressed(runs))
+    if options.out is not None:
+        _write(options.out, found, runs, options.folder)
+    return outcome.code
