@@ -291,14 +291,18 @@ def mae(
 def sync(
     run: RunDir,
     uri: Annotated[str | None, typer.Option(help="Another MLflow store than the run's own.")] = None,
+    encoder: Annotated[
+        Weights | None,
+        typer.Option(help="Also send the newest checkpoint's encoder with these weights as a model (ViT-L: 1.2 GB)."),
+    ] = None,
 ) -> None:
     """Send to MLflow what is in the run's log and not there yet.
 
-    Example: patchmill sync runs/mae --uri http://127.0.0.1:5000
+    Example: patchmill sync runs/mae --uri http://127.0.0.1:5000 --encoder model
     """
     from pipeline.tracking import sync
 
-    _say(sync(run, uri))
+    _say(sync(run, uri, weights=encoder.value if encoder else None))
 
 
 @app.command()
@@ -313,7 +317,11 @@ def compare(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw loss against steps, images, FLOPs and process-hours."),
+        typer.Option(metavar="FILE.png", help="Draw losses and probes against steps, images, FLOPs and process-hours."),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write tables and curves as a page that needs nothing else."),
     ] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write what the tables say, as numbers.")
@@ -321,11 +329,11 @@ def compare(
 ) -> None:
     """Show runs side by side: the settings that differ, what each has done and cost, its losses and probes.
 
-    Example: patchmill compare runs/mae runs/pcae --out compare.png
+    Example: patchmill compare runs/mae runs/pcae --out compare.png --html compare.html
     """
     from pipeline.compare import compare
 
-    compare(runs or [], uri, out, json)
+    compare(runs or [], uri, out, json, html)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`patchmill compare`: runs side by side, as tables, as JSON and, where asked for, as a figure. No torch."""
+"""`patchmill compare`: runs side by side, as tables, as JSON and, where asked for, as a figure or a page. No torch."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import UserError
+from pipeline.equal_compute import at_equal_compute, axis_label, on_gpus
 from pipeline.history import HELDOUT, WINDOW, Floats, History, read_folder, read_mlflow
 from pipeline.mlflow_run import redact
 from pipeline.runlog import LOG, replace_file, to_json
@@ -21,8 +22,10 @@ from pipeline.tracking import resolve_uri
 
 RUN_ID: Final = re.compile(r"[0-9a-f]{32}")
 SUFFIXES: Final = (".png", ".pdf", ".svg")
+PAGES: Final = (".html", ".htm")
 COLUMN: Final = 18  # what a run needs of a terminal's width
 UNKNOWN: Final = "-"
+TITLES: Final = {HELDOUT: "held-out loss"}
 IDENTITY: Final = ("run.dir",)  # what names a run is no parameter of it
 
 Row = tuple[str, list[str]]
@@ -144,6 +147,10 @@ def _changes(values: Sequence[Any] | None) -> str:
     return UNKNOWN if values is None else ", then ".join(UNKNOWN if value is None else str(value) for value in values)
 
 
+def _of_gpus(run: History) -> str:
+    return " (GPU-hours)" if run.facts["process_hours"] is not None and on_gpus(run) else ""
+
+
 def describe(run: History) -> dict[str, str]:
     """What a run is, for people."""
     facts = run.facts
@@ -154,17 +161,20 @@ def describe(run: History) -> dict[str, str]:
         "step": step if total is None else f"{step} of {total:,}",
         "images seen": _number(facts["images"], ",.0f"), "FLOPs so far": _number(facts["flops"], ".3g"),
         "engine": _changes(facts["engine"]), "processes": _changes(facts["processes"]),
-        "precision": _changes(facts["precision"]),
-        "hours trained": _small(facts["hours"]), "process-hours": _small(facts["process_hours"]),
+        "precision": _changes(facts["precision"]), "device": _changes(facts["device"]),
+        "hours trained": _small(facts["hours"]), "process-hours": _small(facts["process_hours"]) + _of_gpus(run),
         "images/s (median)": _small(facts["images_per_s"]), "restarts": _number(facts["restarts"]),
         "roll-backs": _number(facts["rollbacks"]), "skipped steps": _number(facts["skipped"]),
-        "ended": " ".join((facts["ended"] or UNKNOWN).split())[:200],
+        "ended": " ".join((facts["ended"] or UNKNOWN).split())[:200], "MLflow run": facts["mlflow"] or UNKNOWN,
     }  # fmt: skip
 
 
+def _at(name: str, value: float, step: float) -> str:
+    return f"{value:{'.4g' if name in ('loss', HELDOUT) else '.2f'}} ({int(step):,})"
+
+
 def _score(name: str, found: Mapping[str, float], which: str) -> str:
-    form = ".4g" if name in ("loss", HELDOUT) else ".2f"
-    return f"{found[which]:{form}} ({int(found[f'{which}_step']):,})"
+    return _at(name, found[which], found[f"{which}_step"])
 
 
 def _metric_rows(runs: Sequence[History]) -> Iterator[Row]:
@@ -172,15 +182,28 @@ def _metric_rows(runs: Sequence[History]) -> Iterator[Row]:
     for name in dict.fromkeys(["loss", HELDOUT, *sorted(name for column in columns for name in column)]):
         if not any(name in column for column in columns) and name != "loss":
             continue
-        title = {HELDOUT: "held-out loss"}.get(name, name)
+        title = TITLES.get(name, name)
         for which in ("last", "best"):
             cells = [_score(name, column[name], which) if name in column else UNKNOWN for column in columns]
             yield f"{title}, {which}", cells
 
 
+def _equal_rows(runs: Sequence[History]) -> Iterator[Row]:
+    for budget in at_equal_compute(runs):
+        amount = f"{budget.amount:,.0f}" if budget.axis in ("steps", "images") else f"{budget.amount:.3g}"
+        unit = axis_label(budget.axis, runs).removesuffix(" so far").removesuffix(" seen")
+        for name, cells in budget.found.items():
+            yield (
+                f"{TITLES.get(name, name)} within {amount} {unit}",
+                [UNKNOWN if cell is None else _at(name, *cell) for cell in cells],
+            )
+
+
 def notes(runs: Sequence[History]) -> list[str]:
     """What to know when reading the tables."""
     lines = [f"loss: means of {WINDOW} training lines, the last and the lowest; probes: top-1 %; at (step)"]
+    lines.append("at equal compute: as much as the run with the least had, each with its last loss and probes until then; "
+                 "FLOPs and hours are of training, without probes")  # fmt: skip
     if any(key.startswith("method.") for key in differing(runs)):
         lines.append("losses of different methods or targets have no common scale: compare probes")
     if not all(run.is_folder for run in runs):
@@ -188,19 +211,20 @@ def notes(runs: Sequence[History]) -> list[str]:
     return lines
 
 
-def tables(runs: Sequence[History], names: Sequence[str]) -> list[tuple[str, list[Row]]]:
+def tables(runs: Sequence[History]) -> list[tuple[str, list[Row]]]:
     """(title, rows) of each table; a row has a cell a run."""
     parameters = [(key, [value or UNKNOWN for value in values]) for key, values in differing(runs).items()]
     described = [describe(run) for run in runs]
     facts = [(key, [column[key] for column in described]) for key in described[0]]
-    return [("parameters that differ", parameters), ("runs", facts), ("metrics", list(_metric_rows(runs)))]
+    return [("parameters that differ", parameters), ("runs", facts), ("metrics", list(_metric_rows(runs))),
+            ("at equal compute", list(_equal_rows(runs)))]  # fmt: skip
 
 
 def show(runs: Sequence[History], console: Console) -> None:
     """Print the tables; on a terminal as many runs side by side as fit, elsewhere all, plain."""
     names, terminal = names_of(runs), console.is_terminal
     fit = max(2, console.width // COLUMN - 2) if terminal else len(runs)
-    for title, rows in tables(runs, names):
+    for title, rows in tables(runs):
         for first in range(0, len(runs), fit):
             part = slice(first, first + fit)
             table = Table(title=title, title_justify="left", box=HEAVY_HEAD if terminal else None, pad_edge=terminal)
@@ -225,7 +249,10 @@ def to_dict(runs: Sequence[History]) -> dict[str, Any]:
                   for key in differing(runs)}  # fmt: skip
     entries = [{"name": name, "run": run.origin, **run.facts, "metrics": metrics(run)}
                for name, run in zip(names, runs, strict=True)]  # fmt: skip
-    return {"parameters": parameters, "runs": entries}
+    budgets = [{"axis": budget.axis, "amount": budget.amount, "found": {
+        measure: {name: {"value": cell[0], "step": cell[1]} for name, cell in zip(names, cells, strict=True) if cell}
+        for measure, cells in budget.found.items()}} for budget in at_equal_compute(runs)]  # fmt: skip
+    return {"parameters": parameters, "runs": entries, "equal_compute": budgets}
 
 
 def _writable(path: Path, option: str) -> None:
@@ -244,12 +271,13 @@ def _write(path: Path, data: bytes, option: str) -> None:
         raise UserError(f"{option} {path}: cannot be written ({error.strerror})") from None
 
 
-def compare(names: Sequence[str], uri: str | None, out: Path | None, json_file: Path | None) -> None:
-    """Print the runs side by side; ``out`` gets a figure, ``json_file`` all figures as JSON. Raises UserError."""
-    if out is not None and out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out {out}: name a {', '.join(SUFFIXES)} file")
-    for option, path in (("--out", out), ("--json", json_file)):
+def compare(names: Sequence[str], uri: str | None, out: Path | None, json_file: Path | None,
+            html: Path | None = None) -> None:  # fmt: skip
+    """Print the runs side by side; ``out`` gets a figure, ``html`` a page, ``json_file`` all as numbers. Raises UserError."""
+    for option, path, suffixes in (("--out", out, SUFFIXES), ("--html", html, PAGES), ("--json", json_file, ())):
         if path is not None:
+            if suffixes and path.suffix.lower() not in suffixes:
+                raise UserError(f"{option} {path}: name a {', '.join(suffixes)} file")
             _writable(path, option)
     runs = read_runs(names, uri)
     console = Console(highlight=False)
@@ -263,3 +291,9 @@ def compare(names: Sequence[str], uri: str | None, out: Path | None, json_file: 
 
         _write(out, encode(draw(runs, names_of(runs)), out.suffix.lower()), "--out")
         console.print(Text(f"drawn in {out}"))
+    if html is not None:
+        from pipeline.compare_page import page
+
+        names = names_of(runs)
+        _write(html, page(runs, names, tables(runs), notes(runs)).encode(), "--html")
+        console.print(Text(f"a page is in {html}"))

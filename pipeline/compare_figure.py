@@ -1,35 +1,54 @@
-"""The figure of `patchmill compare`: the loss of runs against steps, images, FLOPs and process-hours."""
+"""The figures of `patchmill compare`: losses and probes of runs against steps, images, FLOPs and process-hours."""
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from pipeline.equal_compute import AXES, PROBE, axis_label, columns, place
 from pipeline.history import HELDOUT, Floats, History
 
-PANELS: Final = (("steps", "steps"), ("images", "images seen"), ("flops", "FLOPs so far"), ("hours", "process-hours"))
-COLOURS: Final = (
-    "#1f77b4",
-    "#ff7f0e",
-    "#2ca02c",
-    "#d62728",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#17becf",
-    "#7f7f7f",
-    "#bcbd22",
-)
+# Okabe and Ito, 2008: told apart by eyes without red, green or blue. Grey stands for their yellow, pale on white.
+COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00", "#7f7f7f")
 DASHES: Final = ("-", "-.", ":")  # from one round of colours to the next
+MARKERS: Final = "os^DvPX*"
 SMOOTH: Final = 40  # a mean spans so many'th part of a run
 MOST_POINTS: Final = 4000
 LOG_FROM: Final = 2.5  # times the lowest loss: over less, a linear axis has the better ticks
 NAME: Final = 44
+LOSS: Final = "loss"
+TOP1: Final = "top-1 %"
+
+Style = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one y axis shows. ``series``: of each marker its label and the names of its points; of the loss there are none."""
+
+    label: str
+    series: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+def measures(runs: Sequence[History]) -> list[Measure]:
+    """The loss; the probes where a run has any, each from its untrained weights on; and what else was evaluated."""
+    names = sorted({name for run in runs for name in run.points} - {HELDOUT})
+    probes: dict[str, list[str]] = {}
+    for name in names:
+        found = PROBE.fullmatch(name)
+        if found and found[2] != "pixels":  # these are no encoder's
+            probes.setdefault(f"{found[1]} (ema)" if found[2] == "ema" else found[1], []).append(name)
+    trained = {label: own for label, own in probes.items() if any(not name.endswith("_untrained") for name in own)}
+    shown = [Measure(TOP1, tuple((label, tuple(own)) for label, own in trained.items()))] if trained else []
+    others = [Measure(name, ((name, (name,)),)) for name in names if not PROBE.fullmatch(name)]
+    return [Measure(LOSS), *shown, *others]
 
 
 def smooth(values: Floats) -> Floats:
@@ -48,40 +67,47 @@ def smooth(values: Floats) -> Floats:
     return means
 
 
-def _thin(*columns: Floats) -> Iterator[Floats]:
-    stride = -(-len(columns[0]) // MOST_POINTS) or 1
-    return (column[::stride] for column in columns)
+def _thin(most: int, *series: Floats) -> Iterator[Floats]:
+    stride = -(-len(series[0]) // most) or 1
+    return (column[::stride] for column in series)
 
 
-def _heldout(run: History) -> tuple[Floats, Floats]:
-    """(steps, losses)."""
-    points = np.array(sorted(run.points.get(HELDOUT, [])), dtype=np.float64).reshape(-1, 2)
-    return points[:, 0], points[:, 1]
+def _points(run: History, names: Sequence[str]) -> tuple[Floats, Floats]:
+    return columns([point for name in names for point in run.points.get(name, [])])
 
 
-def _curves(axes: Axes, run: History, x: Floats, style: dict[str, Any]) -> None:
+def _losses(axes: Axes, run: History, axis: str, style: Style, most: int) -> None:
     """The raw loss, faint, its means, and the held-out loss where there is one."""
-    axes.plot(*_thin(x, run.loss), color=style["color"], lw=0.6, alpha=0.18, zorder=1, gid="raw")
-    axes.plot(*_thin(x, smooth(run.loss)), **style, lw=1.6, zorder=3, gid="loss")
-    steps, losses = _heldout(run)
-    if len(steps) and len(x):
-        # A held-out loss is taken between two training lines.
-        at = np.interp(steps, run.steps, x, left=np.nan)
-        axes.plot(
-            at, losses, color=style["color"], lw=1.0, ls="--", marker="o", ms=3, mfc="white", zorder=4, gid="heldout"
-        )
+    x = getattr(run, axis)
+    axes.plot(*_thin(most, x, run.loss), color=style["color"], lw=0.6, alpha=0.18, zorder=1, gid="raw")
+    axes.plot(*_thin(most, x, smooth(run.loss)), **style, lw=1.6, zorder=3, gid="loss")
+    steps, losses = _points(run, [HELDOUT])
+    if len(steps):
+        axes.plot(place(run, axis, steps), losses, color=style["color"], lw=1.0, ls="--", marker="o", ms=3, mfc="white",
+                  zorder=4, gid="heldout")  # fmt: skip
 
 
-def _limits(runs: Sequence[History]) -> tuple[float, float, bool] | None:
-    """(lowest, highest, logarithmic) of the loss axis, without rare spikes of single steps."""
-    shown = [smooth(run.loss) for run in runs] + [_heldout(run)[1] for run in runs]
-    shown += [np.percentile(raw, [0.5, 99.5]) for run in runs if len(raw := run.loss[np.isfinite(run.loss)])]
+def _series(axes: Axes, run: History, axis: str, style: Style, measure: Measure) -> None:
+    for number, (label, names) in enumerate(measure.series):
+        steps, values = _points(run, names)
+        if len(steps):
+            axes.plot(place(run, axis, steps), values, **style, lw=1.2, marker=MARKERS[number % len(MARKERS)], ms=5,
+                      zorder=3, gid=label)  # fmt: skip
+
+
+def _limits(runs: Sequence[History], measure: Measure) -> tuple[float, float, bool] | None:
+    """(lowest, highest, logarithmic) of the y axis; of the loss without rare spikes of single steps."""
+    if measure.series:
+        shown = [_points(run, names)[1] for run in runs for _, names in measure.series]
+    else:
+        shown = [smooth(run.loss) for run in runs] + [_points(run, [HELDOUT])[1] for run in runs]
+        shown += [np.percentile(raw, [0.5, 99.5]) for run in runs if len(raw := run.loss[np.isfinite(run.loss)])]
     values = np.concatenate(shown) if shown else np.array([])
     values = values[np.isfinite(values)]
     if not len(values):
         return None
     low, high = float(values.min()), float(values.max())
-    if low > 0 and high / low >= LOG_FROM:
+    if not measure.series and low > 0 and high / low >= LOG_FROM:
         return low / 1.08, high * 1.08, True
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
     return low - margin, high + margin, False
@@ -112,46 +138,69 @@ def _short(names: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(set(names)) else list(names)
 
 
-def _legend(figure: Figure, runs: Sequence[History], names: Sequence[str], styles: Sequence[dict[str, Any]]) -> None:
-    entries = [Line2D([], [], **style, lw=2, label=name) for style, name in zip(styles, names, strict=True)]
-    if any(len(_heldout(run)[0]) for run in runs):
-        entries.append(Line2D([], [], color="0.3", lw=1, ls="--", marker="o", ms=3, mfc="white", label="held-out loss"))
+def styles_of(runs: Sequence[History]) -> list[Style]:
+    """A colour and a dash for each run."""
+    return [{"color": COLOURS[number % len(COLOURS)], "ls": DASHES[number // len(COLOURS) % len(DASHES)]}
+            for number in range(len(runs))]  # fmt: skip
+
+
+def panel(axes: Axes, measure: Measure, axis: str, runs: Sequence[History], names: Sequence[str],
+          most: int = MOST_POINTS) -> None:  # fmt: skip
+    """One measure of all runs against one axis; it says which runs it lacks because their log does."""
+    lacking = []
+    for run, name, style in zip(runs, names, styles_of(runs), strict=True):
+        if not np.isfinite(getattr(run, axis)).any():
+            lacking.append(name)
+        elif measure.series:
+            _series(axes, run, axis, style, measure)
+        else:
+            _losses(axes, run, axis, style, most)
+    if lacking:
+        axes.set_title(f"not known of {', '.join(lacking)}" if len(lacking) < 3 else f"not known of {len(lacking)} runs",
+                       fontsize=8, color="0.35", loc="right", parse_math=False)  # fmt: skip
+    limits = _limits(runs, measure)
+    if limits:
+        _scale(axes, *limits[:2], logarithmic=limits[2])
+    label = axis_label(axis, runs)
+    axes.set(xlabel=label, ylabel=measure.label)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if axis != "hours":
+        _count(axes, label, max((float(np.nanmax(getattr(run, axis), initial=0)) for run in runs), default=0))
+    axes.grid(alpha=0.25, lw=0.5)
+    axes.set_axisbelow(True)
+
+
+def markers_of(measure: Measure, runs: Sequence[History]) -> list[tuple[str, Style]]:
+    """What the lines of a measure mean beside the runs' colours: (label, style)."""
+    if measure.series:
+        return [(label, {"ls": "-", "marker": MARKERS[number % len(MARKERS)], "ms": 5})
+                for number, (label, _) in enumerate(measure.series)]  # fmt: skip
+    heldout = any(HELDOUT in run.points for run in runs)
+    return [("held-out loss", {"ls": "--", "marker": "o", "ms": 3, "mfc": "white"})] if heldout else []
+
+
+def _legend(figure: Figure, runs: Sequence[History], names: Sequence[str], shown: Sequence[Measure]) -> None:
+    entries = [Line2D([], [], **style, lw=2, label=name) for style, name in zip(styles_of(runs), names, strict=True)]
+    entries += [Line2D([], [], color="0.3", lw=1, label=label, **style)
+                for measure in shown for label, style in markers_of(measure, runs)]  # fmt: skip
     longest = max(len(str(entry.get_label())) for entry in entries)
-    figure.legend(handles=entries, loc="outside lower center", ncols=max(1, min(4, len(entries), 110 // (longest + 7))),
-                  frameon=False, fontsize=9)  # fmt: skip
+    legend = figure.legend(handles=entries, loc="outside lower center", frameon=False, fontsize=9,
+                           ncols=max(1, min(4, len(entries), 110 // (longest + 7))))  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a run may be called $x$
 
 
 def draw(runs: Sequence[History], names: Sequence[str]) -> Figure:
-    """Four panels with one loss axis and one legend; a panel says which runs it lacks because their log does."""
-    figure = Figure(figsize=(11, 7.6), layout="constrained")
-    styles = [{"color": COLOURS[number % len(COLOURS)], "ls": DASHES[number // len(COLOURS) % len(DASHES)]}
-              for number in range(len(runs))]  # fmt: skip
-    names, limits = _short(names), _limits(runs)
-    for number, (axes, (name, label)) in enumerate(zip(figure.subplots(2, 2).flat, PANELS, strict=True)):
-        lacking = []
-        for run, of, style in zip(runs, names, styles, strict=True):
-            x = getattr(run, name)
-            if np.isfinite(x).any():
-                _curves(axes, run, x, style)
-            else:
-                lacking.append(of)
-        if lacking:
-            axes.set_title(f"not known of {', '.join(lacking)}" if len(lacking) < 3 else f"not known of {len(lacking)} runs",
-                           fontsize=8, color="0.35", loc="right")  # fmt: skip
-        if limits:
-            _scale(axes, *limits[:2], logarithmic=limits[2])
-        axes.set(xlabel=label, ylabel="loss" if number % 2 == 0 else "")
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        if name != "hours":
-            _count(
-                axes,
-                label,
-                max((float(np.nanmax(x, initial=0)) for x in (getattr(run, name) for run in runs)), default=0),
-            )
-        axes.grid(alpha=0.25, lw=0.5)
-        axes.set_axisbelow(True)
+    """Four panels a measure, the loss first, with one legend."""
+    shown, names = measures(runs), _short(names)
+    figure = Figure(figsize=(11, 0.8 + 6.8 * len(shown)), layout="constrained")
+    grid = figure.subplots(2 * len(shown), 2)
+    for number, measure in enumerate(shown):
+        for column, (axes, (axis, _)) in enumerate(zip(grid[2 * number : 2 * number + 2].flat, AXES, strict=True)):
+            panel(axes, measure, axis, runs, names)
+            axes.set_ylabel("" if column % 2 else measure.label)
     figure.suptitle("Loss: means over a fortieth of a run, single steps faint", fontsize=10)
-    _legend(figure, runs, names, styles)
+    _legend(figure, runs, names, shown)
     return figure
 
 
@@ -160,3 +209,12 @@ def encode(figure: Figure, suffix: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix.removeprefix("."), dpi=130)
     return buffer.getvalue()
+
+
+def to_svg(figure: Figure, salt: str) -> str:
+    """The figure as an element of a page: text as text, nothing from elsewhere; ``salt`` keeps its ids from others' on the page."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

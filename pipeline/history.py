@@ -145,7 +145,8 @@ def _points(kept: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
 
 
 def _history(labels: tuple[str, ...], origin: str, key: str | None, params: dict[str, Any], cfg: Config | None,
-             records: Sequence[Record], gone: Sequence[Record], ended: str | None, *, is_folder: bool) -> History:  # fmt: skip
+             records: Sequence[Record], gone: Sequence[Record], ended: str | None, mlflow: str | None, *,
+             is_folder: bool) -> History:  # fmt: skip
     """``gone``: records that the trainer discarded. What is no folder has metrics only, and no other kinds of records."""
     kept, everything, whole = counting(records), [*gone, *records], is_folder and bool(records)
     by_step = {record["step"]: record for record in kept if record["kind"] == "train" and "step" in record}
@@ -162,14 +163,14 @@ def _history(labels: tuple[str, ...], origin: str, key: str | None, params: dict
         "method": params.get("method.name"), "model": params.get("model.name"), "step": lines[-1]["step"] if lines else None,
         "total_steps": totals[-1] if totals else cfg.train.steps if cfg is not None else None,
         "images": _last(images), "flops": _last(images * each),
-        **{name: _told(parts, name) for name in ("engine", "processes", "precision")},
+        **{name: _told(parts, name) for name in ("engine", "processes", "precision", "device")},
         "hours": sum(part.seconds for part in parts) / 3600 if parts else None,
         "process_hours": _known(sum(part.cost for part in parts) / 3600) if parts else None,
         "images_per_s": float(np.nanmedian(rate)) if np.isfinite(rate).any() else None,
         "restarts": len(parts) - 1 if parts else None,
         "rollbacks": len({line["time"] for line in everything if line["kind"] == "rollback"}) if whole else None,
         "skipped": len({line.get("step") for line in kept if line["kind"] == "skip"}) if whole else None,
-        "ended": ended,
+        "ended": ended, "mlflow": mlflow,
     }  # fmt: skip
     return History(labels, origin, is_folder, key, params, steps, _column(lines, "loss"), images, images * each,
                    process_hours(parts, _column(lines, "time")), _points(kept), facts)  # fmt: skip
@@ -186,12 +187,14 @@ def read_folder(folder: Path) -> History:
             )
         records, gone = _records(path / LOG), _records(path / DISCARDED)
         params, cfg = _settings(path / CONFIG) if config else ({}, None)
-        key = _object(path / STATE).get("key")
+        state = _object(path / STATE)
+        sent = f"{state['run_id']} in {state.get('uri')}" if state.get("run_id") else None
         ended = _ended(path, records)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.filename}: {error.strerror})") from None
     labels = tuple("/".join(path.parts[-n:]) for n in range(1, len(path.parts)))
-    return _history(labels or (str(path),), str(path), key, params, cfg, records, gone, ended, is_folder=True)
+    return _history(labels or (str(path),), str(path), state.get("key"), params, cfg, records, gone, ended, sent,
+                    is_folder=True)  # fmt: skip
 
 
 def _object(path: Path) -> Record:
@@ -321,4 +324,4 @@ def _of_mlflow(run: Any, metrics: Mapping[str, Sequence[Any]], origin: str) -> H
     name, run_id = run.info.run_name or "run", run.info.run_id
     evals.sort(key=lambda record: record["time"])
     return _history((name, f"{name} {run_id[:8]}", f"{name} {run_id}"), origin, run.data.tags.get(KEY_TAG), params, cfg,
-                    [*lines.values(), *evals], [], str(run.info.status).lower(), is_folder=False)  # fmt: skip
+                    [*lines.values(), *evals], [], str(run.info.status).lower(), origin, is_folder=False)  # fmt: skip

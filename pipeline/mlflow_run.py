@@ -18,6 +18,7 @@ from pipeline.runlog import Record, replace_file
 STATE = "mlflow.json"
 KEY_TAG = "patchmill.key"
 PREFIXES = {"train": "", "eval": "eval/"}
+NO_METRIC = ("step", "time", "heldout_images")  # the last is the same at every step
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def points_of(record: Record) -> Iterator[Point]:
     if record["kind"] not in PREFIXES or "step" not in record:
         return
     for name, value in record.items():
-        if name not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
+        if name not in NO_METRIC and isinstance(value, int | float) and not isinstance(value, bool):
             yield Point(PREFIXES[record["kind"]] + name, value, int(record["time"] * 1000), record["step"])
 
 
@@ -59,7 +60,8 @@ def prepare_mlflow() -> None:
     """Bound each request and silence MLflow; a value that the user has set wins."""
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
              "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}  # fmt: skip
+             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_DISABLE_TELEMETRY": "true",
+             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}  # fmt: skip
     for name, value in quick.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", "SOCKS support in urllib3")  # where a proxy is set that MLflow does not need
@@ -81,7 +83,7 @@ def load_state(run_dir: Path, **defaults: Any) -> Record:
     if path.exists():
         return cast(Record, json.loads(path.read_text()))
     new: Record = {"run_id": None, "experiment": "patchmill", "uri": None, "sent_step": -1, "key": uuid.uuid4().hex,
-           "run_name": run_dir.resolve().name, "tags": {}}  # fmt: skip
+           "run_name": run_dir.resolve().name, "tags": {}, "inputs": []}  # fmt: skip
     return {**new, **defaults}
 
 
@@ -116,8 +118,11 @@ def _make_sqlite(path: Path) -> None:
 class Remote:
     """A run folder's run in an MLflow store: found by its key, or made; then fed."""
 
-    def __init__(self, run_dir: Path, state: Record, uri: str) -> None:
-        """Connects, and notes run, store and highest step in ``state`` and ``mlflow.json``. Raises what MLflow raises."""
+    def __init__(self, run_dir: Path, state: Record, uri: str, began: float | None = None) -> None:
+        """Connects, and notes run, store and highest step in ``state`` and ``mlflow.json``. Raises what MLflow raises.
+
+        ``began``: when a run that is made now did begin, in seconds since 1970; by default now.
+        """
         from mlflow import MlflowClient
 
         self._dir, self._state = run_dir, state
@@ -128,7 +133,8 @@ class Remote:
         experiment = self._experiment()
         found = self._client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{state['key']}'", max_results=1)
         tags = {KEY_TAG: state["key"], **state["tags"]}
-        self._run = found[0] if found else self._client.create_run(experiment, run_name=state["run_name"], tags=tags)
+        start = None if began is None else int(began * 1000)
+        self._run = found[0] if found else self._client.create_run(experiment, start, tags, state["run_name"])
         self.run_id: str = self._run.info.run_id
         # The step of each metric's last point: RunData shows it nowhere else (mlflow's own monitor reads it here too).
         self.latest: dict[str, int] = {metric.key: metric.step for metric in self._run.data._metric_objs}
@@ -142,7 +148,9 @@ class Remote:
             return str(found.experiment_id)
         # Else MLflow puts a sqlite store's artifacts under whatever the working directory happens to be.
         location = (self._sqlite.parent / "mlartifacts").as_uri() if self._sqlite else None
-        return str(self._client.create_experiment(name, artifact_location=location))
+        # Else MLflow's page shows what it has for language models.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self._client.create_experiment(name, artifact_location=location, tags=kind))
 
     def note(self, step: int) -> None:
         """Remember the highest step that the store has."""
@@ -150,8 +158,8 @@ class Remote:
         save_state(self._dir, self._state)
 
     def describe(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Parameters that are not there yet (MLflow's are final), cut to MLflow's limits, and tags."""
-        from mlflow.entities import Param, RunTag
+        """Parameters that are not there yet (MLflow's are final), cut to MLflow's limits, tags, and the state's datasets."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
         from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
         fit = {key[:MAX_ENTITY_KEY_LENGTH]: redact(str(value))[:MAX_PARAM_VAL_LENGTH] for key, value in params.items()}
@@ -159,6 +167,12 @@ class Remote:
         for part in _parts(new, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self.run_id, params=part, synchronous=True)
         self._client.log_batch(self.run_id, tags=[RunTag(*item) for item in tags.items()], synchronous=True)
+        # A run has a dataset once, however often it is told of; states of before they were kept have none.
+        told = [{**data, "source": redact(data["source"])} for data in self._state.get("inputs", [])]
+        sets = [DatasetInput(Dataset(**{key: text for key, text in data.items() if key != "context"}),
+                             [InputTag("mlflow.data.context", data["context"])]) for data in told]  # fmt: skip
+        if sets:
+            self._client.log_inputs(self.run_id, sets)
 
     def send(self, points: Sequence[Point]) -> None:
         """Metrics, in as few requests as MLflow's limit allows."""
@@ -201,9 +215,35 @@ class Remote:
         """A file as it is now, in place of one of its name."""
         self._client.log_artifact(self.run_id, str(path))
 
-    def set_status(self, status: str) -> None:
-        """RUNNING, FINISHED, KILLED or FAILED."""
+    def model_with(self, tag: str, value: str) -> str | None:
+        """The id of this run's whole model with that tag; one that was cut off is deleted."""
+        for model in self._client.search_logged_models([self._run.info.experiment_id], f"tags.`{tag}` = '{value}'"):
+            if model.source_run_id == self.run_id:
+                if model.status == "READY":
+                    return str(model.model_id)
+                self._client.delete_logged_model(model.model_id)
+        return None
+
+    def make_model(self, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
+        """A model of this run, which has nothing yet; its id."""
+        model = self._client.create_logged_model(
+            self._run.info.experiment_id, name, self.run_id, dict(tags), {key: str(value) for key, value in params.items()},
+            "encoder")  # fmt: skip
+        return str(model.model_id)
+
+    def fill_model(self, model_id: str, folder: Path, step: int, points: Sequence[Point]) -> None:
+        """Its files, the metrics that were measured of it, and its end: only then it counts as there."""
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        self._client.log_model_artifacts(model_id, str(folder))
+        metrics = [Metric(*point, model_id=model_id, run_id=self.run_id) for point in points]
+        self._client.log_batch(self.run_id, metrics=metrics, synchronous=True)
+        self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
+        self._client.finalize_logged_model(model_id, "READY")
+
+    def set_status(self, status: str, ended: float | None = None) -> None:
+        """RUNNING, FINISHED, KILLED or FAILED; ``ended`` in seconds since 1970, by default now."""
         if status == "RUNNING":
             self._client.update_run(self.run_id, status)
         else:
-            self._client.set_terminated(self.run_id, status)
+            self._client.set_terminated(self.run_id, status, None if ended is None else int(ended * 1000))

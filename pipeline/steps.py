@@ -36,8 +36,9 @@ class StepBuffer:
     """
 
     def __init__(self, batch: int, names: Sequence[str], run_log: "RunLog | Silent", sink: "MlflowSink | Silent",
-                 guard: NonFiniteGuard, world: World) -> None:  # fmt: skip
+                 guard: NonFiniteGuard, world: World, flops_per_image: float) -> None:  # fmt: skip
         """Lines of steps of ``batch`` images go to ``run_log`` first, then to ``sink``; ``names`` of what is trained."""
+        self.flops_per_image = flops_per_image
         self.batch, self.names, self.run_log, self.sink, self.guard = batch, names, run_log, sink, guard
         self.culprit: str | None = None
         self.world, self.sums = world, list[int]()
@@ -53,7 +54,10 @@ class StepBuffer:
         """One step's device scalars, the seconds it waited for data, and the keys of this rank's samples: int64 on the CPU."""
         self.meter.add(scalars, self.batch, waited_s)
         self.sums.append(int(keys.sum()))
-        self.known.append({"step": step, "samples_seen": step * self.batch, "epoch": epoch, "lr": lr})
+        seen = step * self.batch
+        self.known.append(
+            {"step": step, "samples_seen": seen, "flops": seen * self.flops_per_image, "epoch": epoch, "lr": lr}
+        )
 
     def flush(self) -> dict[str, float]:
         """Write a line a step and restart the clock; returns the interval's means. Raises NonFinite by the guard's verdict."""

@@ -68,15 +68,16 @@ class MlflowSink:
     """Sends a run to MLflow from a thread of its own. No call raises; only ``close`` waits, to its deadline."""
 
     def __init__(self, run_dir: Path, uri: str | None, experiment: str, run_name: str, params: Mapping[str, Any],
-                 tags: Mapping[str, str]) -> None:  # fmt: skip
+                 tags: Mapping[str, str], inputs: Sequence[Mapping[str, str]] = ()) -> None:  # fmt: skip
         """Starts the thread; it imports MLflow, connects, and catches up with the log. ``uri=None`` sends nothing.
 
-        ``params`` have dotted keys. A run folder that has a run in the store already continues that one.
+        ``params`` have dotted keys; ``inputs`` are datasets of ``pipeline.mlflow_layout``. A run folder that has a run in
+        the store already continues that one.
         """
         self._dir, self._uri, self._params = run_dir, uri, params
         self._tags = {name: redact(value) for name, value in tags.items()}
         known = load_state(run_dir, experiment=experiment, run_name=run_name)
-        self._state = known | {"tags": known["tags"] | self._tags}
+        self._state = known | {"tags": known["tags"] | self._tags, "inputs": list(inputs)}
         if self._state != known or not (run_dir / STATE).exists():
             save_state(run_dir, self._state)  # sync makes the same run from it, should nothing ever connect
         self._queue: queue.Queue[Record | Path] = queue.Queue(QUEUE_RECORDS)
@@ -184,7 +185,7 @@ def _start_monitor(run_id: str, uri: str) -> Any:
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What ``sync`` did: points sent now and found there, files sent, the run's status."""
+    """What ``sync`` did: points sent now and found there, files sent, the run's status, the model's id where one was asked for."""
 
     uri: str
     run_id: str
@@ -192,11 +193,13 @@ class SyncReport:
     present: int
     files: int
     status: str
+    model: str | None = None
 
     def __str__(self) -> str:
         """One line."""
+        model = f", models:/{self.model}" if self.model else ""
         return (f"{self.uri}: run {self.run_id} ({self.status}): {self.sent} points sent, {self.present} were there, "
-                f"{self.files} files sent")  # fmt: skip
+                f"{self.files} files sent{model}")  # fmt: skip
 
 
 def _status_of(run_dir: Path, records: Sequence[Record]) -> str:
@@ -215,8 +218,11 @@ def _status_of(run_dir: Path, records: Sequence[Record]) -> str:
     return "KILLED" if stopped["reason"].startswith("stopped by") else "FAILED"
 
 
-def _replay(run_dir: Path, state: Record, uri: str, records: Sequence[Record], tags: Mapping[str, str]) -> SyncReport:
-    remote = Remote(run_dir, state, uri)
+def _replay(run_dir: Path, state: Record, uri: str, records: Sequence[Record], tags: Mapping[str, str],
+            weights: str | None) -> SyncReport:  # fmt: skip
+    # The run's own time, not that of the replay or of a probe that came later: MLflow compares durations.
+    times = [record["time"] for record in records if record["kind"] != "eval"]
+    remote = Remote(run_dir, state, uri, min(times, default=None))
     config = run_dir / "config.yaml"
     remote.describe(
         flatten(load_config([config]).model_dump(mode="json")) if config.exists() else {}, state["tags"] | tags
@@ -228,15 +234,22 @@ def _replay(run_dir: Path, state: Record, uri: str, records: Sequence[Record], t
     missing = [point for place, point in points.items() if place not in there]
     remote.send(missing)
     files, status = remote.send_files(), _status_of(run_dir, records)
-    remote.set_status(status)
-    return SyncReport(redact(uri), remote.run_id, len(missing), len(points) - len(missing), files, status)
+    remote.set_status(status, max(times, default=None))
+    model = None
+    if weights is not None:
+        from pipeline.mlflow_model import send_model
+
+        model = send_model(remote, run_dir, weights)
+    return SyncReport(redact(uri), remote.run_id, len(missing), len(points) - len(missing), files, status, model)
 
 
-def sync(run_dir: Path, uri: str | None = None, tags: Mapping[str, str] | None = None) -> SyncReport:
+def sync(run_dir: Path, uri: str | None = None, tags: Mapping[str, str] | None = None,
+         weights: str | None = None) -> SyncReport:  # fmt: skip
     """Send to MLflow what the run folder has and the run in the store has not; makes the run if there is none.
 
-    ``uri`` defaults to where the run was sent before; ``tags`` are set beside the run's own. Raises UserError when the folder
-    has no log, no store is known, another process sends this run, or the store does not answer (within the client's timeout).
+    ``uri`` defaults to where the run was sent before; ``tags`` are set beside the run's own; ``weights`` names those of the
+    encoder that is sent as a model, none by default. Raises UserError when the folder has no log or not these weights, no
+    store is known, another process sends this run, or the store does not answer (within the client's timeout).
     """
     if not (run_dir / LOG).exists():
         raise UserError(f"{run_dir} is not a run folder: it has no {LOG}; give the run.dir of `patchmill train`")
@@ -247,7 +260,7 @@ def sync(run_dir: Path, uri: str | None = None, tags: Mapping[str, str] | None =
     if target is None:
         raise UserError(f"{run_dir} was never sent to MLflow: name a store with --uri, such as http://127.0.0.1:5000")
     with _told(run_dir, target, "name another store with --uri"):
-        return _replay(run_dir, state, target, read_log(run_dir / LOG), tags or {})
+        return _replay(run_dir, state, target, read_log(run_dir / LOG), tags or {}, weights)
 
 
 def nest(folder: Path, uri: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str],

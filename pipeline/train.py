@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import checkpoint, order
+from pipeline import checkpoint, mlflow_layout, order
 from pipeline.config import Config, RunFailed, UserError, flatten
 from pipeline.data import Batches, decode_threads
 from pipeline.engine import Engine, build_engine
@@ -69,8 +69,13 @@ class Trainer:
         if world.is_main:
             self.restarts = sum(line["kind"] in ("start", "resume") for line in read_log(folder / "log.jsonl"))
             self._keep_seal()
+            images = self.loader
             self.sink = MlflowSink(folder, resolve_uri(cfg.tracking.uri, folder), cfg.tracking.experiment, folder.name,
-                                   params=flatten(cfg.model_dump(mode="json")), tags={"method": cfg.method.name})  # fmt: skip
+                                   params=flatten(cfg.model_dump(mode="json")),
+                                   tags=mlflow_layout.tags(cfg, folder, world_size=world.size, device=device_name(device),
+                                                           versions=_versions()),
+                                   inputs=mlflow_layout.inputs(cfg, images.image_set, images.num_samples,
+                                                               images.num_classes))  # fmt: skip
         self._open_log()
         self.agreement, self.stragglers = Agreement(world), Stragglers(world, device)
         self.saver = Saver(self.checkpoints, cfg.checkpoint.keep, world, device)
@@ -82,7 +87,7 @@ class Trainer:
             discard_after(self.folder, self.step)
             self.run_log = RunLog(self.folder / "log.jsonl")
         self.buffer = StepBuffer(self.cfg.train.global_batch, self.engine.trained_names, self.run_log, self.sink,
-                                 self.guard, self.world)  # fmt: skip
+                                 self.guard, self.world, flops_per_image(self.cfg).step)  # fmt: skip
 
     def _require_same_images(self) -> None:
         for rank, other in enumerate(self.world.gather(self.loader.image_set)):
@@ -176,7 +181,7 @@ class Trainer:
         """Train to the end or to a signal; returns the exit code."""
         cfg, plan = self.cfg, self.plan
         kind, engine = "resume" if self.step else "start", cfg.engine
-        layout = f"zero{engine.zero_stage}" if engine.name == "deepspeed" else engine.name
+        layout = mlflow_layout.engine_name(cfg)
         self.run_log.write(kind, step=self.step, total_steps=plan.total_steps, lr=cfg.lr, base_lr=cfg.optim.base_lr,
                            engine=layout, processes=self.world.size, precision=engine.precision, micro_batch=self.portion.micro,
                            load_s=self.load_s, flops_per_image=flops_per_image(cfg).step, device=device_name(self.device),

@@ -173,7 +173,7 @@ def _queue(ready: Plan, space: Space, points: Sequence[Point], todo: Sequence[Po
         from pipeline.tracking import nest
 
         params = flatten(space.model_dump(by_alias=True, exclude_none=True))
-        nest(ready.run, uri, todo[0].cfg.tracking.experiment, params, {"patchmill.points": str(len(points))},
+        nest(ready.run, uri, todo[0].cfg.tracking.experiment, params, {"kind": "sweep", "patchmill.points": str(len(points))},
              [point.run for point in todo])  # fmt: skip
     copy_code(ready)
     if todo[0].cfg.slurm.executor == "local":

@@ -110,7 +110,7 @@ class StubEngine:
         self._monitors = {f"monitor_{number}": self._zero for number in range(monitors)}
         # Every field of a report is one number on the device.
         self._report = StepReport(*(self._zero for _ in StepReport.__dataclass_fields__))
-        self.method: Any = SimpleNamespace(draw=lambda keys, batch_key=None: None)
+        self.method: Any = SimpleNamespace(draw=lambda keys, batch_key=None, labels=None: None)
         self.trained_names, self.ema = [name for name, _ in layer.linear.named_parameters()], dict[str, Tensor]()
 
     def micro_step(self, images: Tensor, draw: Any, num_micro: int, last: bool) -> dict[str, Tensor]:

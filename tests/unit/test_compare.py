@@ -102,6 +102,7 @@ def test_what_a_resumed_run_is(resumed: Path) -> None:
         # 1000 to 1060, the last line that was discarded, and 2000 to 2041, the stop line: not the probe of a day later.
         "hours trained": f"{(60 + 41) / 3600:.3g}", "process-hours": f"{(60 * 2 + 41) / 3600:.3g}",
         "images/s (median)": "2,050.0", "restarts": "1", "roll-backs": "0", "skipped steps": "1", "ended": "stopped by SIGTERM",
+        "device": "-", "MLflow run": "-",
     }  # fmt: skip
 
 
@@ -357,6 +358,8 @@ def test_names_tell_the_runs_apart(write: Write) -> None:
         (["back", "odd"], "odd/log.jsonl is not the log of a run"),
         (["back", "damaged"], "line 1 is damaged"),
         (["back", "resumed", "--out", "figure.gif"], "name a .png, .pdf, .svg file"),
+        (["back", "resumed", "--html", "page.pdf"], "--html page.pdf: name a .html, .htm file"),
+        (["back", "resumed", "--html", "no/such.html"], "--html no/such.html: cannot be written (there is no folder no)"),
         (["back", "resumed", "--out", "no/such/figure.png"], "cannot be written (there is no folder no/such)"),
         (["back", "resumed", "--out", "folder.png"], "cannot be written (is a folder)"),
         (["back", "resumed", "--json", "no/such.json"], "--json no/such.json: cannot be written"),
@@ -451,13 +454,13 @@ def lines_of(axes: Any, gid: str) -> list[Any]:
     return [line for line in axes.lines if line.get_gid() == gid]
 
 
-def test_the_figure_has_four_panels(resumed: Path, rolled_back: Path) -> None:
+def test_the_figure_has_four_panels_of_losses_and_four_of_probes(resumed: Path, rolled_back: Path) -> None:
     runs = [read_folder(resumed), read_folder(rolled_back)]
     figure = draw(runs, ["one", "two"])
-    assert [axes.get_xlabel() for axes in figure.axes] == ["steps", "images seen", "FLOPs so far", "process-hours"]
-    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "", "loss", ""]
-    assert {axes.get_yscale() for axes in figure.axes} == {"log"}
-    for axes, name in zip(figure.axes, ("steps", "images", "flops", "hours"), strict=True):
+    assert [axes.get_xlabel() for axes in figure.axes] == ["steps", "images seen", "FLOPs so far", "process-hours"] * 2
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "", "loss", ""] + ["top-1 %", "", "top-1 %", ""]
+    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 4 + ["linear"] * 4
+    for axes, name in zip(figure.axes, ("steps", "images", "flops", "hours"), strict=False):
         for run, line, raw in zip(runs, lines_of(axes, "loss"), lines_of(axes, "raw"), strict=True):
             assert line.get_xdata().tolist() == raw.get_xdata().tolist() == getattr(run, name).tolist()
             assert (
@@ -466,7 +469,7 @@ def test_the_figure_has_four_panels(resumed: Path, rolled_back: Path) -> None:
             assert raw.get_alpha() < 0.5 and line.get_color() == raw.get_color()
         assert axes.get_title(loc="right") == ""
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two", "knn"]
 
 
 def test_the_held_out_loss_is_drawn_where_it_was_taken(write: Write) -> None:
@@ -482,7 +485,7 @@ def test_the_held_out_loss_is_drawn_where_it_was_taken(write: Write) -> None:
 def test_a_panel_says_what_is_not_known(write: Write, resumed: Path) -> None:
     old = read_folder(write("old", [{"kind": "start", "time": 0, "step": 0}, *steps(1, 4, 10)]))
     figure = draw([read_folder(resumed), old], ["new", "old"])
-    assert [axes.get_title(loc="right") for axes in figure.axes] == ["", "", "", "not known of old"]
+    assert [axes.get_title(loc="right") for axes in figure.axes] == ["", "", "", "not known of old"] * 2
     nothing = [read_folder(write(name, [])) for name in ("x", "y")]
     assert {axes.get_title(loc="right") for axes in draw(nothing, ["x", "y"]).axes} == {"not known of x, y"}
 

@@ -19,7 +19,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.method = SimpleNamespace(draw=lambda keys, batch_key: None)
+        self.method = SimpleNamespace(draw=lambda keys, batch_key, labels: None)
 
     def micro_step(self, images, draw, num_micro, last):
         self.calls.append("micro_step, last" if last else "micro_step")
@@ -35,7 +35,7 @@ class Engine:
 
 def test_the_copy_of_a_save_is_waited_for_before_the_weights_change():
     engine = Engine()
-    batch = SimpleNamespace(images=torch.ones(4, 1), keys=torch.arange(4), batch_key=torch.zeros(1))
+    batch = SimpleNamespace(images=torch.ones(4, 1), keys=torch.arange(4), batch_key=torch.zeros(1), labels=torch.zeros(4))
     scalars = update(engine, batch, Portion(slice(0, 4), 2, 2), 1e-3, None, 0.9, lambda: engine.calls.append("ready"))
     assert engine.calls == ["micro_step", "micro_step, last", "ready", "step"]
     assert float(scalars["loss"]) == 2
@@ -46,7 +46,7 @@ def test_mlflow_never_hears_of_steps_that_will_be_rolled_back():
     told, written = [], []
     log = SimpleNamespace(write=lambda kind, **fields: written.append((kind, fields["step"])) or fields)
     sink = SimpleNamespace(log=lambda step, line: told.append(step))
-    buffer = StepBuffer(8, ["a", "b"], log, sink, NonFiniteGuard(2), World())
+    buffer = StepBuffer(8, ["a", "b"], log, sink, NonFiniteGuard(2), World(), 1e9)
     for step, skipped in enumerate([0, 0, 1, 1, 0], 1):
         report = {"loss": 1.0, "skipped": skipped, "culprit": 1 if skipped else -1}
         buffer.add(step, 0, 1e-3, {name: torch.tensor(float(value)) for name, value in report.items()}, 0.0,
@@ -65,7 +65,7 @@ def test_a_line_says_which_samples_all_ranks_have_seen():
     # Rank 1's half of the batch; a run of one rank in another order; and a second interval with other samples.
     both = SimpleNamespace(size=2, gather=lambda mine: [mine, (mine[0], [int(keys[4:].sum())] * len(mine[1]))])
     for world, part in ((both, keys[:4]), (World(), keys.flip(0))):
-        buffer = StepBuffer(8, [], log, Silent(), NonFiniteGuard(2), world)
+        buffer = StepBuffer(8, [], log, Silent(), NonFiniteGuard(2), world, 1e9)
         for more in (0, 1):
             for step in (1, 2):
                 buffer.add(step, 2, 1e-3, scalars, 0.0, part + more * step)
