@@ -234,7 +234,7 @@ def test_parameters_of_different_methods(resumed: Path, rolled_back: Path) -> No
 
 def test_a_configuration_of_another_version_is_shown_as_it_stands(write: Write, resumed: Path) -> None:
     (resumed.parent / "future").mkdir()
-    text = (resumed / "config.yaml").read_text().replace("seed: 0", "seed: 5\n  novelty: 1")
+    text = (resumed / "config.yaml").read_text().replace("\n  seed: 0", "\n  seed: 5\n  novelty: 1")
     (resumed.parent / "future" / "config.yaml").write_text(text.replace("/resumed", "/future"))
     found = differing([read_folder(resumed), read_folder(resumed.parent / "future")])
     assert found == {"train.seed": ["0", "5"], "train.novelty": [None, "1"]}

@@ -150,7 +150,7 @@ def test_smoothing_and_mixing_are_the_papers(classifier, images):
     prediction = method.predict(images, draw)
     loss, _ = method(images, draw)
     assert loss.item() == pytest.approx(
-        float(F.cross_entropy(prediction.pred[:, 0], LABELS, label_smoothing=0.1)), rel=1e-6
+        F.cross_entropy(prediction.pred[:, 0], LABELS, label_smoothing=0.1).item(), rel=1e-6
     )
     weight = torch.full((32, 32), 0.3)
     weight[:8] = 0

@@ -35,7 +35,9 @@ class Engine:
 
 def test_the_copy_of_a_save_is_waited_for_before_the_weights_change():
     engine = Engine()
-    batch = SimpleNamespace(images=torch.ones(4, 1), keys=torch.arange(4), batch_key=torch.zeros(1), labels=torch.zeros(4))
+    batch = SimpleNamespace(
+        images=torch.ones(4, 1), keys=torch.arange(4), batch_key=torch.zeros(1), labels=torch.zeros(4)
+    )
     scalars = update(engine, batch, Portion(slice(0, 4), 2, 2), 1e-3, None, 0.9, lambda: engine.calls.append("ready"))
     assert engine.calls == ["micro_step", "micro_step, last", "ready", "step"]
     assert float(scalars["loss"]) == 2
