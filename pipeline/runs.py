@@ -120,24 +120,27 @@ def open_images(cfg: Config, which: Literal["train", "val"], *, augment: bool) -
     if path is None and data.loader != "synthetic":
         raise UserError(f"data.{which}: is required here and not set; add data.{which}=PATH")
     steps = cfg.train.steps
-    loader = open_loader(
+    return open_loader(
         data.loader, _staged(path, data.stage_in), image_size=data.image_size, seed=cfg.train.seed, augment=augment,
         crop_scale=data.crop_scale, flip=data.flip, eval_crop=data.eval_crop, decode=data.decode, resample=data.resample,
         threads=decode_threads(data.threads)[0], jit=data.jit if augment or data.jit != "auto" else "off",
         num_samples=data.num_samples, num_classes=data.num_classes,
         expected_images=steps * cfg.train.global_batch if steps else None,
     )  # fmt: skip
-    if augment and isinstance(cfg.method, FinetuneConfig):
-        from pipeline.augment import build_policy
 
-        loader.policy = build_policy(cfg.method, data.image_size)
-        if cfg.eval.label_fraction < 1:
-            from pipeline.evaluate.subset import label_subset
 
-            chosen = cfg.eval.label_fraction, cfg.eval.label_seed
-            loader.keep_only(
-                label_subset(loader.labels(), *chosen), f"label_fraction {chosen[0]} label_seed {chosen[1]}"
-            )
+def open_training(cfg: Config) -> Loader:
+    """What is trained on: the training images in random crops; for fine-tuning augmented further, and a share of them."""
+    loader, method, evaluation = open_images(cfg, "train", augment=True), cfg.method, cfg.eval
+    if not isinstance(method, FinetuneConfig):
+        return loader
+    from pipeline.augment import build_policy
+    from pipeline.evaluate.subset import label_subset
+
+    loader.policy = build_policy(method, cfg.data.image_size)
+    if evaluation.label_fraction < 1:
+        ids = label_subset(loader.labels(), evaluation.label_fraction, evaluation.label_seed)
+        loader.keep_only(ids, f"label_fraction {evaluation.label_fraction} label_seed {evaluation.label_seed}")
     return loader
 
 

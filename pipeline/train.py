@@ -28,7 +28,7 @@ from pipeline.metrics import Progress, device_name, peak_gib, setup_logging
 from pipeline.optim import lr_at, momentum_at
 from pipeline.order import Plan
 from pipeline.profiling import Profiler
-from pipeline.runs import open_images, open_run, write_why
+from pipeline.runs import open_run, open_training, write_why
 from pipeline.saver import Saved, Saver
 from pipeline.steps import Silent, StepBuffer, update
 from pipeline.stop import StopRequest
@@ -57,7 +57,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         with world.together():
             self.portion = Portion.of(cfg, world)
-            self.loader = open_images(cfg, "train", augment=True)
+            self.loader = open_training(cfg)
             self.plan = Plan.of(cfg, self.loader.num_samples)
             require_labels(cfg, self.loader.num_classes)
             self.watches = open_watches(cfg, self.plan)

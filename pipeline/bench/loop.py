@@ -33,7 +33,7 @@ BARE: Final = "bare PyTorch loop"
 OURS: Final = "patchmill's loop"
 GOAL_US: Final = 300.0
 # All that is replaced in pipeline.train, by name. Of the Trainer itself: Trainer(cfg, folder, world, device).run(stop).
-SEAM: Final = ("build_engine", "open_images")
+SEAM: Final = ("build_engine", "open_training")
 
 
 @dataclass(frozen=True)

@@ -276,31 +276,30 @@ def test_every_operation_of_the_policy_works_at_its_strongest():
 
 
 def test_the_loader_augments_training_images_alone():
-    from pipeline.runs import open_images
+    from pipeline.runs import open_images, open_training
 
     cfg = load_config(["eval/finetune_small"], ["run.dir=x", "data.loader=synthetic", "method.rand_augment=rand-m9"])
-    assert open_images(cfg, "train", augment=True).policy is not None
+    assert open_training(cfg).policy is not None
+    assert open_images(cfg, "train", augment=True).policy is None, "which is for probes of it"
     assert open_images(cfg, "val", augment=False).policy is None
 
 
 def test_with_a_share_of_the_labels_only_these_images_are_seen(tmp_path):
     from pipeline.evaluate.subset import label_subset
     from pipeline.order import sample_keys
-    from pipeline.runs import open_images
+    from pipeline.runs import open_images, open_training
 
     cfg = load_config(
         ["eval/finetune_small"],
         ["run.dir=x", "data.loader=synthetic", "data.num_samples=200", "eval.label_fraction=0.1"],
     )
-    loader = open_images(cfg, "train", augment=True)
+    loader = open_training(cfg)
     chosen = label_subset(loader.labels(), 0.1, 0)
     with loader.batches(iter([(2, np.arange(20))])) as batches:
         batch = next(batches)
     assert loader.num_samples == 20 and batch.ids.tolist() == chosen.tolist()
     assert batch.keys.tolist() == sample_keys(cfg.train.seed, 2, chosen).tolist(), "an image is cut as in the whole set"
     assert sorted(batch.labels.tolist()) == sorted([*range(10)] * 2)
-    whole = open_images(
-        cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"label_fraction": 1.0})}), "train", augment=True
-    )
+    whole = open_training(cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"label_fraction": 1.0})}))
     assert whole.num_samples == 200 and whole.image_set != loader.image_set
     assert open_images(cfg, "val", augment=False).num_samples == 200
