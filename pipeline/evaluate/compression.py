@@ -4,7 +4,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -66,7 +66,7 @@ def at_ratio(cfg: Config, ratio: float) -> Config:
 def compression(
     run_dir: Path, ratios: Sequence[float], weights: str = "model", out: Path | None = None
 ) -> CompressionReport:
-    """Test a fine-tuned run's classifier on data.val at each ratio; writes eval lines to its log and, to ``out``, a figure.
+    """Test a fine-tuned run's classifier on data.val at each ratio; writes an eval line to its log and, to ``out``, a figure.
 
     Raises UserError for a run that is no fine-tuning, has no checkpoint or no validation images, or for a ratio that
     leaves no patch.
@@ -106,7 +106,7 @@ def compression(
                 1 / statistics.median(seconds[ratio])) for ratio in settings]  # fmt: skip
     report = CompressionReport(rows, cfg.method.drop_ratio, len(ids), device_name(device))
     with RunLog(run_dir / "log.jsonl") as log:
-        log.write("eval", step=restored.step, **{f"top1_{weights}_drop_{row.ratio:g}": row.top1 for row in rows})
+        log.write("eval", step=restored.step, weights=weights, compression=[asdict(row) for row in rows])
     if out is not None:
         _draw(report, out)
     return report
