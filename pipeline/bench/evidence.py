@@ -21,14 +21,20 @@ from pipeline.runlog import LOG, Record, read_whole
 REFERENCE: Final = "randsac_square"  # what "as many FLOPs" means
 COMPRESSED: Final = "pcae_similarity"  # is fine-tuned too, and tested at several drop ratios
 EQUAL_FLOPS: Final = ("mae", "pcae_similarity")
-PROBES: Final = {"knn": "knn", "linear": "linear_heads"}  # the verb of `eval`, and the name in the log
+# What `eval` is given, and the name in the log. The exact regression sees the last block's mean alone, as RandSAC's own probe; the
+# heads may choose a pooling of several blocks, with which an untrained encoder is good too.
+PROBES: Final = {
+    "knn": (("knn",), "knn"),
+    "linear": (("linear",), "linear_heads"),
+    "exact": (("linear", "--exact"), "linear"),
+}
 CONFIG, WHY = "config.yaml", "why_stopped.json"  # of a run folder, without pipeline.runs and its torch
 
 # For forecasts. Measured on a core of a busy AMD EPYC (Zen 4), vit_p on CIFAR-10: FLOP that a CPU second of training does (in
 # images: MAE 620, PCAE 630, RandSAC 230), and CPU seconds of a start and of a probe of 50,000 + 10,000 images.
 RATES: Final = {"mae": 6.0e10, "pcae": 5.4e10, "randsac": 5.6e10}
 START_S: Final = 12
-PROBE_S: Final = {"knn": 75, "linear": 35}
+PROBE_S: Final = {"knn": 75, "linear": 35, "exact": 15}
 FINETUNE_S: Final = 330  # by its FLOPs
 COMPRESSION_S: Final = 60
 
@@ -100,9 +106,9 @@ class Run:
         """Whether it has come to its end, with these settings."""
         return _ended(self.folder) and not binding_differences(load_config([self.folder / CONFIG]), self.cfg)
 
-    def score(self, verb: str, weights: str) -> float | None:
+    def score(self, probe: str, weights: str) -> float | None:
         """Top-1 in percent that a probe has found, the newest; of the trained weights at the run's end only."""
-        name, step = f"{PROBES[verb]}_{weights}", self.steps if weights == "model" else 0
+        name, step = f"{PROBES[probe][1]}_{weights}", self.steps if weights == "model" else 0
         found = [
             line[name]
             for line in self.records()
@@ -110,9 +116,11 @@ class Run:
         ]
         return found[-1] if found else None
 
-    def _probe(self, verb: str, weights: str) -> Command:
-        words = ["eval", verb, str(self.folder), "--weights", weights]
-        return Command(f"{verb} {weights}", tuple(words), PROBE_S[verb], lambda: self.score(verb, weights) is not None)
+    def _probe(self, probe: str, weights: str) -> Command:
+        words = ["eval", *PROBES[probe][0], str(self.folder), "--weights", weights]
+        return Command(
+            f"{probe} {weights}", tuple(words), PROBE_S[probe], lambda: self.score(probe, weights) is not None
+        )
 
     @property
     def classifier(self) -> Path:
@@ -134,7 +142,7 @@ class Run:
         """In the order in which they are run."""
         seconds = START_S + self.flops / RATES[self.cfg.method.name]
         train = Command("train", ("train", *self.words), seconds, self.trained)
-        probes = [self._probe(verb, weights) for weights in ("model", *self.others) for verb in PROBES]
+        probes = [self._probe(probe, weights) for weights in ("model", *self.others) for probe in PROBES]
         return [train, *probes, *(self._compress() if self.row.name == COMPRESSED else [])]
 
 

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from pipeline.bench.evidence_report import EvidenceRow, Score
 from pipeline.compare_figure import COLOURS
 
-LABELS: Final = {"knn": "kNN top-1, %", "linear": "linear top-1, %"}
+LABELS: Final = {"knn": "kNN top-1, %", "linear": "best linear head top-1, %", "exact": "softmax regression top-1, %"}
 MARKERS: Final = "osD^vP*Xph<>"
 
 
@@ -51,19 +51,20 @@ def _against_flops(axes: Axes, rows: Sequence[EvidenceRow], probe: str, styles: 
 
 
 def draw(rows: Sequence[EvidenceRow]) -> Figure:
-    """Above: accuracy by row, kNN and linear; below: the same against FLOPs. One legend."""
+    """Above: accuracy by row, a column a probe; below: the same against FLOPs. One legend."""
     trained = [row for row in rows if row.images]
     styles: dict[str, dict[str, Any]] = {
         row.name: {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
         for number, row in enumerate(trained)
     }
     styles |= {row.name: {"color": "0.35", "marker": "o", "mfc": "white"} for row in rows if not row.images}
-    figure = Figure(figsize=(11, 8.4), layout="constrained")
-    above, below = figure.subplots(2, 2, height_ratios=(1.15, 1))
+    figure = Figure(figsize=(14, 8.4), layout="constrained")
+    above, below = figure.subplots(2, len(LABELS), height_ratios=(1.15, 1))
     for column, probe in enumerate(LABELS):
         _by_row(above[column], rows, probe, styles)
         _against_flops(below[column], rows, probe, styles)
-    above[1].tick_params(labelleft=False)
+    for axes in above[1:]:
+        axes.tick_params(labelleft=False)
     entries = [Line2D([], [], ls="", ms=6, label=row.name, **styles[row.name]) for row in trained]
     entries.append(Line2D([], [], color="0.35", ls="--", lw=1, label="raw pixels"))
     figure.legend(handles=entries, loc="outside lower center", ncols=5, frameon=False, fontsize=9)

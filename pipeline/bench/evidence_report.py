@@ -110,9 +110,9 @@ def _score(by_seed: dict[int, float]) -> Score:
 
 def _scores(runs: Sequence[Run], weights: str) -> dict[str, Score]:
     found = {}
-    for verb in PROBES:
-        scored = [(run.seed, run.score(verb, weights)) for run in runs]
-        found[verb] = _score({seed: value for seed, value in scored if value is not None})
+    for probe in PROBES:
+        scored = [(run.seed, run.score(probe, weights)) for run in runs]
+        found[probe] = _score({seed: value for seed, value in scored if value is not None})
     return found
 
 
@@ -191,7 +191,7 @@ def table(rows: Sequence[EvidenceRow]) -> Table:
     spread = "means over seeds {} ± half their range" if len(seeds) > 1 else "seed {}"
     found = Table(title=f"CIFAR-10 top-1 %, 10 classes: {spread.format(', '.join(map(str, seeds)))}")
     found.add_column("row", no_wrap=True)
-    for heading in ("images", "FLOPs", "CPU s", "kNN", "linear", "kNN gain", "linear gain"):
+    for heading in ("images", "FLOPs", "CPU s", "kNN", "linear", "exact", "kNN gain", "linear gain", "exact gain"):
         found.add_column(heading, justify="right")
     for row in rows:
         cost = [f"{row.images}", f"{row.flops:.2e}", f"{row.cpu_s:.0f}" if row.cpu_s is not None else "?"]
@@ -202,7 +202,7 @@ def table(rows: Sequence[EvidenceRow]) -> Table:
 
 def show(rows: Sequence[EvidenceRow], ratios: Sequence[Compressed]) -> None:
     """Print the table, what became of the papers' orderings, and PCAE's compression."""
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(150, Console().width))
     console.print(table(rows))
     console.print("gain: trained minus the same encoder untrained, seed by seed. A figure's standard error from 10,000 test "
                   "images alone is 0.5 points.", soft_wrap=True, highlight=False)  # fmt: skip

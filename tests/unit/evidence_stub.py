@@ -38,8 +38,9 @@ def train(words: list[str]) -> int:
     return 0
 
 
-def probe(verb: str, folder: Path, weights: str) -> int:
-    kind = {"knn": "knn", "linear": "linear_heads"}[verb]
+def probe(verb: str, words: list[str]) -> int:
+    kind = "knn" if verb == "knn" else "linear" if "--exact" in words else "linear_heads"
+    folder, weights = Path(words[-3]), words[-1]
     step = lines(folder)[-1]["step"] if weights == "model" else 0
     write(folder, kind="eval", step=step, **{f"{kind}_{weights}": 30.0 + len(folder.name) + (weights == "model")})
     return 0
@@ -65,4 +66,4 @@ if __name__ == "__main__":
     done = {"finetune": finetune, "compression": compression}
     if verb == "train":
         sys.exit(train(words))
-    sys.exit(done[words[0]](Path(words[1])) if words[0] in done else probe(words[0], Path(words[1]), words[3]))
+    sys.exit(done[words[0]](Path(words[1])) if words[0] in done else probe(words[0], words[1:]))

@@ -136,7 +136,7 @@ def test_all_is_run_once_and_a_second_call_finds_nothing_to_do(tmp_path, stub):
     runs = short_runs(tmp_path)
     assert work(tmp_path, runs).code == 0
     done = commands_run(tmp_path)
-    assert len(done) == len(set(done)) == 2 + 2 * 2 + 3 * 2, "train, two probes of each, untrained twice, pixels"
+    assert len(done) == len(set(done)) == 2 + 2 * 3 + 3 * 3, "train, three probes of each, untrained twice, pixels"
     for one in runs:
         assert trained_steps(one.folder) == list(range(1, 21))
         assert [command for name, command in done if name == one.name] == [command.name for command in one.commands()]
@@ -221,11 +221,18 @@ def scored(folder: Path, scores: dict[str, list[float]]) -> list[Run]:
             value = scores[one.row.name][one.seed]
             one.folder.mkdir(parents=True)
             lines = [{"step": 20, "knn_model": 1.0}, {"step": 20, "knn_model": value}, {"step": 10, "linear_heads_model": 99.0},
-                     {"step": 20, "linear_heads_model": value + 1}]  # fmt: skip
+                     {"step": 20, "linear_heads_model": value + 1, "linear_model": value + 2}]  # fmt: skip
             if "untrained" in one.others:
-                lines.append({"step": 0, "knn_untrained": 20.0 + one.seed, "linear_heads_untrained": 21.0})
+                lines.append(
+                    {
+                        "step": 0,
+                        "knn_untrained": 20.0 + one.seed,
+                        "linear_heads_untrained": 21.0,
+                        "linear_untrained": 19.0,
+                    }
+                )
             if "pixels" in one.others:
-                lines.append({"step": 0, "knn_pixels": 32.0, "linear_heads_pixels": 38.0})
+                lines.append({"step": 0, "knn_pixels": 32.0, "linear_heads_pixels": 38.0, "linear_pixels": 37.0})
             (one.folder / "log.jsonl").write_text(
                 "".join(json.dumps({"kind": "eval", "time": 1, **line}) + "\n" for line in lines)
             )
@@ -239,6 +246,7 @@ def test_the_report_has_means_spreads_and_gains_seed_by_seed(tmp_path):
     mae, square = found["mae"], found["randsac_square"]
     assert (mae.scores["knn"].mean, mae.scores["knn"].spread) == (32.0, 2.0)
     assert mae.scores["linear"].by_seed == {0: 31.0, 1: 35.0}, "of the end of the run, the newest"
+    assert mae.scores["exact"].by_seed == {0: 32.0, 1: 36.0} and mae.gains["exact"].by_seed == {0: 13.0, 1: 17.0}
     assert mae.gains["knn"].by_seed == {0: 10.0, 1: 13.0}
     assert square.scores["knn"].by_seed == {0: 36.0} and str(square.scores["knn"]) == "36.00"
     assert str(mae.scores["knn"]) == "32.00 ± 2.00"
@@ -254,7 +262,7 @@ def test_an_ordering_is_seen_where_all_seeds_agree_and_mixed_where_they_do_not(t
         ("randsac_square", "randsac_random"),
         ("randsac_square", "mae"),
     }
-    assert told["randsac_random", "randsac_raster"].verdict == {"knn": "seen", "linear": "seen"}
+    assert told["randsac_random", "randsac_raster"].verdict == {"knn": "seen", "linear": "seen", "exact": "seen"}
     assert told["randsac_random", "randsac_raster"].differences["knn"] == {0: 1.0, 1: 2.0}
     assert told["randsac_square", "randsac_random"].verdict["knn"] == "mixed"
     assert told["randsac_square", "mae"].verdict["knn"] == "reversed"
@@ -305,9 +313,10 @@ def test_pcae_is_fine_tuned_once_and_tested_at_its_drop_ratios(tmp_path, stub, c
 def test_the_figure_names_its_axes_and_shows_every_seed(tmp_path):
     runs = scored(tmp_path, {"mae": [30.0, 34.0], "randsac_square": [36.0, 35.0]})
     figure = draw(evidence_report.summarise(tmp_path, runs))
-    by_row, _, against, other = figure.axes
+    by_row, _, _, against, *others = figure.axes
     assert [axes.get_xlabel() for axes in (by_row, against)] == ["kNN top-1, %", "FLOPs of a run's training, $10^{12}$"]
-    assert [axes.get_ylabel() for axes in (against, other)] == ["kNN top-1, %", "linear top-1, %"]
+    names = ["kNN top-1, %", "best linear head top-1, %", "softmax regression top-1, %"]
+    assert [axes.get_ylabel() for axes in (against, *others)] == names
     assert [label.get_text() for label in by_row.get_yticklabels()] == [
         "mae",
         "randsac_square",
@@ -335,7 +344,7 @@ def test_a_dry_run_says_what_is_done_and_what_the_rest_costs(tmp_path, stub, cap
     capsys.readouterr()
     run(options(tmp_path, dry_run=True))
     after = capsys.readouterr().out
-    assert after.count("     done  patchmill") == 12 and "expected: 0.00 hours" in after
+    assert after.count("     done  patchmill") == 17 and "expected: 0.00 hours" in after
 
 
 def npz(path: Path, num_train: int = 6, num_test: int = 4) -> Path:
