@@ -106,7 +106,7 @@ class Finetune(Method):
     def __init__(self, cfg: "Config") -> None:
         """Empty weights."""
         super().__init__()
-        self.cfg, self.settings = cfg, cfg.method
+        self.cfg, self.settings, self.grid, self.patch_size = cfg, cfg.method, cfg.grid, cfg.shape.patch_size
         self.drops = self.settings.drops(cfg.shape.depth)
         self.encoder = self._build(cfg.model.drop_path, VisionTransformer)
         self.encoder.pos_embed.requires_grad_(True)
@@ -118,7 +118,7 @@ class Finetune(Method):
 
     def reset_parameters(self) -> None:
         """Fill all weights from the seed; what was pretrained is loaded into them by the trainer."""
-        encoder, grid = self.encoder, self.cfg.grid
+        encoder, grid = self.encoder, self.grid
         generator = torch.Generator().manual_seed(int(stream(self.cfg.train.seed, "init")[0]) & (2**63 - 1))
         head = torch.empty(encoder.head.weight.shape, device="cpu")
         initialise(self, self.cfg.train.seed, {
@@ -171,7 +171,7 @@ class Finetune(Method):
     @torch.no_grad()
     def figure(self, images: Tensor, draw: LabelDraw, teacher: nn.Module | None = None) -> Image.Image:
         """Image, and the patches that are left of it after each drop."""
-        rows = pixel_rows(patchify(normalise(images), self.cfg.shape.patch_size))
+        rows = pixel_rows(patchify(normalise(images), self.patch_size))
         _, stages = classify(self.encoder, normalise(images), None, self.drops, self.settings.drop_ratio)
         columns = [("image", list(rows_to_image(rows)))]
         for block, ids in zip(self.drops, stages, strict=True):

@@ -286,6 +286,20 @@ def test_what_cannot_be_is_told_with_its_key(tiny_config, options, told):
         tiny_config("finetune", **({"optim__ema": 0.5} if "optim__ema_batch" in options else {}), **options)
 
 
+def test_its_features_are_those_of_the_probes(classifier, images):
+    from pipeline.evaluate.features import extract
+    from pipeline.runs import open_images
+
+    method = classifier().eval()
+    loader = open_images(method.cfg, "train", augment=False)
+    with loader.batches(iter([(0, np.arange(8))])) as batches:
+        batch = next(batches)
+    with torch.no_grad():
+        own = method.features(batch.images, method.draw(batch.keys))
+    found = extract(method.encoder, loader, batch_size=8, device="cpu").features[:8]
+    torch.testing.assert_close(own, found, atol=1e-5, rtol=1e-5)
+
+
 def test_a_draw_without_labels_is_for_looking_only(classifier, images):
     method = classifier(method__drop_ratio=0.3)
     draw = method.draw(KEYS)
