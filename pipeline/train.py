@@ -59,7 +59,7 @@ class Trainer:
             self.portion = Portion.of(cfg, world)
             self.loader = open_training(cfg)
             self.plan = Plan.of(cfg, self.loader.num_samples)
-            require_labels(cfg, self.loader.num_classes)
+            require_labels(cfg, self.loader)
             self.watches = open_watches(cfg, self.plan)
         self._require_same_images()
         self.restarts, self.rollbacks, self.trouble, self.save_owed = 0, 0, 0, False

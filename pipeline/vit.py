@@ -49,7 +49,8 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 @lru_cache(maxsize=8)
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Kept on the device: copying them there at each step would make the host wait."""
-    return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    with torch.inference_mode(False):  # else, first asked for by an evaluation, no gradient could pass by them
+        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class StubBatches(Iterator[Batch]):
 class StubLoader:
     """A loader whose batches are there already."""
 
-    num_samples, image_set = SAMPLES, "stub"
+    num_samples, num_classes, image_set = SAMPLES, 10, "stub"
 
     def __init__(self, images: Tensor, stopwatch: Stopwatch) -> None:
         """``images`` are every batch's; ``stopwatch`` times the batches of training."""

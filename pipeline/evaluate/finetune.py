@@ -8,8 +8,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from pipeline import checkpoint
+from pipeline.check import require_same_classes
 from pipeline.config import Config, UserError
+from pipeline.data import Loader
 from pipeline.engine import Engine
+from pipeline.eval_settings import FinetuneConfig
 
 NEW: Final = ("pos_embed", "fc_norm.", "head.")  # what is not taken over: positions are made for this size of image
 
@@ -53,9 +56,12 @@ def _own_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def require_labels(cfg: Config, num_classes: int) -> None:
-    """Raises UserError unless the images have as many classes as the classifier."""
-    if cfg.method.name == "finetune" and cfg.method.num_classes != num_classes:
+def require_labels(cfg: Config, loader: Loader) -> None:
+    """Raises UserError unless training and validation images have the classifier's classes."""
+    if not isinstance(cfg.method, FinetuneConfig):
+        return
+    if cfg.method.num_classes != loader.num_classes:
         raise UserError(
-            f"method.num_classes = {cfg.method.num_classes}: the images of data.train have {num_classes} classes"
+            f"method.num_classes = {cfg.method.num_classes}: the images of data.train have {loader.num_classes} classes"
         )
+    require_same_classes(cfg)

@@ -95,7 +95,7 @@ def test_what_evaluates_draws_and_exports_takes_it_and_training_refuses(
 ) -> None:
     run = import_mae(save(encoder_of(weights_of(cfg))), cfg).run
     assert {probe(run, "knn").step, probe(run, "linear").step} == {0}
-    assert visualize(run, 2).is_file()
+    assert all(path.is_file() for path in visualize(run, 2))
     model = as_printed(export(run, tmp_path / "folder"), tmp_path / "folder")
     with torch.no_grad():
         expected = restore(run).method.encoder.eval().forward_features(normalise(images))

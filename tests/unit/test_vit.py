@@ -18,6 +18,7 @@ from pipeline.vit import (
     Block,
     KeyedBlock,
     LayerNorm,
+    _statistics,
     build_encoder,
     embed,
     encode_visible,
@@ -292,3 +293,12 @@ def test_another_failure_of_torchvision_is_not_hidden(tmp_path: Path) -> None:
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('something else')\n")
     done = python("import pipeline.vit", tmp_path)
     assert done.returncode == 1 and "something else" in done.stderr.splitlines()[-1]
+
+
+def test_statistics_that_an_evaluation_asked_for_first_let_gradients_pass() -> None:
+    _statistics.cache_clear()
+    with torch.inference_mode():
+        normalise(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    pixels = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    normalise(pixels).square().sum().backward()
+    assert pixels.grad is not None
