@@ -182,6 +182,12 @@ def test_mixup_and_cutmix_come_by_even_chance_with_the_shares_of_their_beta():
     assert all(bool(((weight == 0) | (weight == 1)).all()) for weight in boxed)
     rows = [(weight == 0).any(1).nonzero().flatten() for weight in boxed]
     assert all(int(row[-1] - row[0]) == len(row) - 1 for row in rows), "a box has no holes"
+    rng = np.random.default_rng(
+        0
+    )  # cutmix's share is uniform: its box has the root of the rest as side, cut at the edges
+    side, centre = 32 * (1 - rng.random(20_000)) ** 0.5, rng.integers(32, size=20_000)
+    height = np.minimum(32, centre + side / 2) - np.maximum(0, centre - side / 2)
+    assert np.mean([len(row) for row in rows]) == pytest.approx(height.mean(), rel=0.06)
     even = [float(weight[0, 0]) for weight in weights if float(weight.min()) == float(weight.max())]
     assert np.mean(even) == pytest.approx(0.5, abs=0.06)
     assert np.var(even) == pytest.approx(0.25 / (2 * 0.8 + 1), rel=0.2)  # of Beta(a, a): 1 / (4 (2 a + 1))
