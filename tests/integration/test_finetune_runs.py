@@ -77,7 +77,10 @@ def test_it_learns_and_is_tested_once_an_epoch_and_at_the_end(tuned):
     assert start["init_step"] == 7 and start["init_weights"] == "model" and len(start["init_seal"]) == 64
 
 
-@pytest.mark.parametrize("engine", [("ddp",), ("fsdp2",), ("deepspeed", "engine.zero_stage=2")], ids=lambda e: e[0])
+ZERO = pytest.param(("deepspeed", "engine.zero_stage=2"), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("engine", [("ddp",), ("fsdp2",), ZERO], ids=lambda e: e[0])
 def test_two_processes_find_what_one_does(pretrained, tuned, engine, tmp_path):
     """Losses and norms to 1e-4, top-1 to one of the 70 images, one of which may have two classes that are all but equal."""
     name, *more = engine
@@ -107,6 +110,7 @@ def test_killed_it_goes_on_and_ends_the_same(pretrained, tuned, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_told_and_the_run_goes_on_with_another_engine(pretrained, tuned, tmp_path):
     run, words = tmp_path / "run", ["eval", "finetune", str(pretrained), *TUNE]
     process = patchmill(*words, f"run.dir={run}", "--nproc", "2", "engine.name=ddp")
