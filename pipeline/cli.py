@@ -352,6 +352,16 @@ def quickstart(
 def main() -> None:
     """Entry point: a user's mistake is one clear message and exit code 2."""
     try:
+        _run()
+    except SystemExit as leaving:
+        launch = sys.modules.get("pipeline.launch")
+        if launch is not None and launch.joined:
+            launch.leave(leaving.code)
+        raise
+
+
+def _run() -> None:
+    try:
         app()
     except Exception as error:
         from pipeline.config import RunFailed, UserError  # pydantic is not needed for --help

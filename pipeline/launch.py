@@ -3,6 +3,7 @@
 They are started by torchrun, by srun, or by ``patchmill train --nproc N``; nothing else differs between the three.
 """
 
+import atexit
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ Value = TypeVar("Value")
 
 PORTS: Final = range(20_000, 60_000)  # for srun: one by the job and step, so that jobs on one host do not meet
 PARENT: Final = "PATCHMILL_PARENT"
+joined = False  # whether this process has been one of several
 GRACE_S: Final = 20.0  # for the others to notice that one has ended, and to say so
 LOCAL: Final = (
     "run.dir",
@@ -255,6 +257,8 @@ def connect(cfg: Config, *, trains: bool = True) -> Iterator[tuple[World, torch.
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{cfg.run.dir}/ranks/nccl-")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     store, timeout = _meet(cfg, place), timedelta(seconds=cfg.engine.timeout_s)
+    global joined
+    joined = True
     world = World(int(place["RANK"]), size, int(place["LOCAL_RANK"]))
     # Of groups made without one, as torch's meshes and DeepSpeed make them: for half an hour they would wait for a lost rank.
     dist.distributed_c10d.default_pg_timeout = timeout
@@ -267,6 +271,17 @@ def connect(cfg: Config, *, trains: bool = True) -> Iterator[tuple[World, torch.
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave(code: object) -> NoReturn:
+    """End this process with an exit code as ``sys.exit`` takes it, after what was registered for the exit.
+
+    A thread of gloo's that lets go of a tensor while Python takes itself down is unwound, and that ends in SIGABRT.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def choose_backend(cfg: Config, device: torch.device) -> str:

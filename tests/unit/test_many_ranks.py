@@ -1,6 +1,8 @@
 """What each of several ranks does of a run, without starting them: its share, its samples, its numbers in the log."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -100,3 +102,18 @@ def test_a_network_device_that_is_not_there_is_named_with_those_that_are(tiny_co
     with pytest.raises(UserError, match=r"engine\.interface = eth99: .* has no such network device, but .*lo"):
         with launch.connect(tiny_config("mae", engine__name="ddp", engine__interface="eth99")):
             pass
+
+
+@pytest.mark.parametrize(("code", "seen"), [("3", 3), ("None", 0), ("'a word'", 1)])
+def test_a_rank_leaves_with_its_code_after_what_was_registered_and_whatever_its_threads_do(
+    code: str, seen: int
+) -> None:
+    source = f"""
+import atexit, threading, time
+from pipeline import launch
+atexit.register(print, "registered")
+threading.Thread(target=time.sleep, args=(30,)).start()
+launch.leave({code})
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=25)
+    assert (done.returncode, done.stdout) == (seen, "registered\n")
