@@ -21,7 +21,7 @@ from pipeline.data import Batches, decode_threads
 from pipeline.engine import Engine, build_engine
 from pipeline.estimate import flops_per_image
 from pipeline.eval_settings import FinetuneConfig
-from pipeline.evaluate.finetune import require_labels, start_from
+from pipeline.evaluate.finetune import choose_source, require_labels, start_from
 from pipeline.guard import Agreement, Heartbeat, NonFinite, NonFiniteGuard, Stragglers
 from pipeline.launch import Portion, World, connect
 from pipeline.metrics import Progress, device_name, peak_gib, setup_logging
@@ -106,13 +106,15 @@ class Trainer:
         began = time.perf_counter()
         with self.world.together():
             chosen = checkpoint.choose(self.checkpoints) if self.world.is_main else None
-        path = self.world.from_main(chosen)
+            source = isinstance(cfg.method, FinetuneConfig) and cfg.method.init
+            first = choose_source(Path(source)) if source and self.world.is_main and chosen is None else None
+        path, first = self.world.from_main((chosen, first))
         state: dict[str, Any] = checkpoint.read_state(path) if path else {}
         with self.world.together():
             if path is not None:
                 self._load(path, state)
-            elif isinstance(cfg.method, FinetuneConfig) and cfg.method.init:
-                self.origin = start_from(self.engine, Path(cfg.method.init), cfg.method.init_weights)
+            elif first is not None and isinstance(cfg.method, FinetuneConfig):
+                self.origin = start_from(self.engine, first, cfg.method.init_weights)
         self.load_s = time.perf_counter() - began
         streak = state.get("nonfinite_streak", 0)
         self.guard = NonFiniteGuard(self.cfg.guard.max_nonfinite, 0 if before_streak else streak)

@@ -17,15 +17,23 @@ from pipeline.eval_settings import FinetuneConfig
 NEW: Final = ("pos_embed", "fc_norm.", "head.")  # what is not taken over: positions are made for this size of image
 
 
-def start_from(engine: Engine, run_dir: Path, weights: str) -> dict[str, Any]:
-    """Fill the encoder, and its average, from a run's newest whole checkpoint; what the log is to say of it.
-
-    Every process reads its own part. Raises UserError for a run without a checkpoint, without such ``weights``, or of another
-    shape.
-    """
-    path = checkpoint.choose(run_dir / "checkpoints")
+def choose_source(run_dir: Path) -> Path:
+    """The newest whole checkpoint of the run that fine-tuning starts from. Raises UserError where there is none."""
+    try:
+        path = checkpoint.choose(run_dir / "checkpoints")
+    except UserError as error:
+        raise UserError(f"method.init = {run_dir}: cannot be started from: {error}") from None
     if path is None:
         raise UserError(f"method.init = {run_dir}: holds no checkpoint; train it first, or leave method.init out")
+    return path
+
+
+def start_from(engine: Engine, path: Path, weights: str) -> dict[str, Any]:
+    """Fill the encoder, and its average, from a checkpoint that was chosen; what the log is to say of it.
+
+    Every process reads its own part. Raises UserError for one without such ``weights``, or of another shape.
+    """
+    run_dir = path.parent.parent
     prefix, state = "model.encoder." if weights == "model" else "ema.encoder.", engine.state()
     own = {
         name.removeprefix("model.encoder."): tensor

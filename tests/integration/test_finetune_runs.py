@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from pipeline.engine.torch import TorchEngine
 from pipeline.eval_settings import FinetuneConfig
 from pipeline.evaluate.accuracy import Accuracy, count
 from pipeline.evaluate.compression import compression
-from pipeline.evaluate.finetune import start_from
+from pipeline.evaluate.finetune import choose_source, start_from
 from pipeline.evaluate.recipe import finetune_config
 from pipeline.launch import World
 from pipeline.methods import build_method
@@ -127,7 +128,7 @@ def test_the_encoder_starts_as_the_run_s_and_the_rest_as_new(pretrained, tmp_pat
         cfg = finetune_config(read_config(pretrained), pretrained, ["optim.ema=0.9"], weights)
         engine = TorchEngine(cfg, torch.device("cpu"))
         fresh = engine.full_params()
-        start_from(engine, pretrained, weights)
+        start_from(engine, choose_source(pretrained), weights)
         expected = dict(restore(pretrained, weights).method.encoder.named_parameters())
         for name, value in engine.full_params().items():
             short = name.removeprefix("encoder.")
@@ -174,6 +175,11 @@ def test_what_cannot_be_fine_tuned_is_refused(pretrained, tuned, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.yaml").write_text((pretrained / "config.yaml").read_text())
     assert "holds no checkpoint" in refused("eval", "finetune", str(tmp_path / "empty"))
+    shutil.copytree(pretrained, tmp_path / "cut", ignore=shutil.ignore_patterns("finetune"))
+    for shard in (tmp_path / "cut").glob("checkpoints/*/shard-*"):
+        os.truncate(shard, 1000)
+    said = refused("eval", "finetune", str(tmp_path / "cut"))
+    assert f"method.init = {tmp_path / 'cut'}: cannot be started from: every checkpoint in" in said
     said = refused("eval", "finetune", str(pretrained), "method.num_classes=7", f"run.dir={tmp_path / 'b'}")
     assert "method.num_classes = 7: the images of data.train have 10 classes" in said
     said = refused("eval", "finetune", str(pretrained), "method.rand_augment=rnd-m9", f"run.dir={tmp_path / 'c'}")
