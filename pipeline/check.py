@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Config, ConfigError, UserError, binding_differences, load_config
 from pipeline.estimate import flops_per_image
+from pipeline.eval_settings import FinetuneConfig
 from pipeline.order import Plan
 from pipeline.zero_config import deepspeed_config, swap_folder
 from pipeline.zero_memory import swap_bytes
@@ -125,6 +126,14 @@ def _offload(cfg: Config) -> Iterator[str]:
                "make room there, set it to another folder, or take more hosts")  # fmt: skip
 
 
+def _former(cfg: Config) -> Iterator[str]:
+    """What differs from the run that is in the folder."""
+    folder = Path(cfg.run.dir)
+    if (folder / "log.jsonl").is_file() and (folder / "config.yaml").is_file():
+        for line in binding_differences(load_config([folder / "config.yaml"]), cfg):
+            yield f"run.dir = {folder}: holds a run of another configuration: {line}"
+
+
 def check(cfg: Config, coming: Collection[str] = ()) -> str:
     """A summary of a configuration whose data and folders are in order. Raises ConfigError with every problem.
 
@@ -142,6 +151,13 @@ def check(cfg: Config, coming: Collection[str] = ()) -> str:
                     samples = count if which == "train" else samples
             except UserError as error:
                 problems.append(f"data.{which}: {error}")
+    if (
+        isinstance(cfg.method, FinetuneConfig)
+        and cfg.data.loader != "synthetic"
+        and cfg.data.val is None
+        and "val" not in coming
+    ):
+        problems.append("data.val: is required and not set: a classifier is tested on its images")
     if not problems:
         for look in (_staging, _offload, require_same_classes):
             try:
@@ -150,7 +166,7 @@ def check(cfg: Config, coming: Collection[str] = ()) -> str:
                 problems.append(str(error))
     if not problems and "train" not in coming:
         try:
-            plan, batch = Plan.of(cfg, samples), cfg.train.global_batch
+            plan, batch = Plan.of(cfg, cfg.labelled(samples)), cfg.train.global_batch
             flops = flops_per_image(cfg).step * plan.total_steps * batch
             lines.append(
                 f"train: {plan.total_steps} steps of {batch} images, {plan.steps_per_epoch} an epoch, {flops:.3g} FLOP"
@@ -160,10 +176,7 @@ def check(cfg: Config, coming: Collection[str] = ()) -> str:
     parent = next(folder for folder in [Path(cfg.run.dir), *Path(cfg.run.dir).parents] if folder.exists())
     if not os.access(parent, os.W_OK):
         problems.append(f"run.dir = {cfg.run.dir}: {parent} cannot be written")
-    former = Path(cfg.run.dir) / "config.yaml"
-    if (Path(cfg.run.dir) / "log.jsonl").is_file() and former.is_file():
-        differences = binding_differences(load_config([former]), cfg)
-        problems += [f"run.dir = {cfg.run.dir}: holds a run of another configuration: {line}" for line in differences]
+    problems += _former(cfg)
     if problems:
         raise ConfigError(problems)
     lines.append(f"optim: lr {cfg.lr:.3g} = base_lr {cfg.optim.base_lr:.3g} x {cfg.train.global_batch} / 256")

@@ -91,7 +91,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def binding_differences(old: Config, new: Config) -> list[str]:
     """The settings that differ and may not on resume, each as ``key = old (not new)``."""
     a, b = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    keys = sorted(key for key in a.keys() | b.keys() if not key.startswith(FREE_ON_RESUME))
+    labels = ("eval.label_fraction", "eval.label_seed") if isinstance(new.method, FinetuneConfig) else ()
+    keys = sorted(key for key in a.keys() | b.keys() if key in labels or not key.startswith(FREE_ON_RESUME))
     return [f"{key} = {a.get(key)} (not {b.get(key)})" for key in keys if a.get(key) != b.get(key)]
 
 
@@ -242,7 +243,7 @@ def _check(cfg: Config) -> Iterable[str]:
     if data.loader != "synthetic" and data.train is None:
         yield f"data.train: is required and not set: the {'beton' if data.loader == 'ffcv' else 'manifest'} to train on"
     if cfg.eval.loss_every and data.loader != "synthetic" and data.val is None:
-        yield f"data.val: is required and not set: eval.loss_every = {cfg.eval.loss_every} takes the loss of its images"
+        yield f"data.val: is required and not set: eval.loss_every = {cfg.eval.loss_every} tests on its images"
     if cfg.eval.online_every and data.loader != "synthetic" and data.val is None:
         yield f"data.val: is required and not set: eval.online_every = {cfg.eval.online_every} probes its images"
     if cfg.eval.online_every and cfg.eval.online_images < cfg.eval.knn_k:

@@ -210,7 +210,7 @@ def forecast(cfg: Config, machine: Machine, gpu_name: str, samples: int | None) 
     Raises UserError when the processes do not share the global batch evenly or the samples do not fill one.
     """
     local_batch(cfg, machine)
-    number = IMAGENET if samples is None else samples
+    number = cfg.labelled(IMAGENET if samples is None else samples)
     advice, plan = advise(cfg, machine), planned(cfg, machine)
     hosts = min(machine.per_host, machine.gpus)
     kinds: dict[str, int] = {"single, ddp": 1, "fsdp2": machine.gpus, f"hsdp of {hosts}": hosts}

@@ -344,6 +344,13 @@ class Config(Section):
         """Patches along a side of the image."""
         return self.data.image_size // self.shape.patch_size
 
+    def labelled(self, num_samples: int) -> int:
+        """How many of the training images are trained on. A label fraction: as if all classes had as many images."""
+        if not isinstance(self.method, FinetuneConfig) or self.eval.label_fraction == 1:
+            return num_samples
+        classes = self.method.num_classes
+        return classes * max(1, int(self.eval.label_fraction * num_samples / classes + 0.5))
+
     @property
     def lr(self) -> float:
         """The peak learning rate, base_lr x global_batch / 256."""

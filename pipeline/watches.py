@@ -11,13 +11,13 @@ Watch = HeldOut | Online | Accuracy
 
 
 def open_watches(cfg: Config, plan: Plan) -> list[Watch]:
-    """What is looked at while a run trains: the accuracy of a classifier, else the held-out loss and the features.
+    """What is looked at while a run trains: the accuracy of a classifier, else the held-out loss; the features where asked.
 
     Raises UserError where its images cannot be had.
     """
     watches: list[Watch] = []
     if isinstance(cfg.method, FinetuneConfig):
-        watches += [Accuracy(cfg, plan)] if cfg.data.val or cfg.data.loader == "synthetic" else []
+        watches.append(Accuracy(cfg, plan))
     elif cfg.eval.loss_every:
         watches.append(HeldOut(cfg))
     return [*watches, Online(cfg, plan)] if cfg.eval.online_every else watches

@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from pipeline.guard import Heartbeat, NonFinite, NonFiniteGuard, Stragglers, verdict
+from pipeline.guard import LONG, PHASES, Heartbeat, NonFinite, NonFiniteGuard, Stragglers, verdict
 from pipeline.launch import World
 from pipeline.stop import SAME_S, SIGNALS, StopRequest
+from pipeline.watches import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +222,9 @@ def test_a_rank_that_is_slow_three_times_in_a_row_is_named() -> None:
     computes, waits = judge(slow)
     assert computes == "rank 2 on c computes 1.8 times slower than the median rank, in 3 log intervals in a row"
     assert waits == "rank 3 on d waits for data 50% of the time, the median rank 1%, in 3 log intervals in a row"
+
+
+def test_all_that_is_looked_at_while_training_may_take_long_and_has_its_place_in_a_step() -> None:
+    names = {watch.name for watch in get_args(Watch)}
+    assert names == {"held-out loss", "accuracy", "online signals"} and names <= set(LONG) <= set(PHASES)
+    assert "in phase accuracy of step 8" in verdict([record(0, "accuracy", 7)], [], 30)
