@@ -44,7 +44,11 @@ _drawn: Final = _Drawn()
 def _rand_augment(name: str, size: int) -> Any:
     """timm's policy of that name for images of ``size``, with what MAE's fine-tuning gives it. Raises UserError."""
     module = timm.data.auto_augment
-    options = {"translate_const": int(size * 0.45), "img_mean": tuple(min(255, round(255 * x)) for x in IMAGE_MEAN)}
+    options = {
+        "interpolation": Image.Resampling.BICUBIC,
+        "translate_const": int(size * 0.45),
+        "img_mean": tuple(min(255, round(255 * x)) for x in IMAGE_MEAN),
+    }
     try:
         policy = module.rand_augment_transform(name, options)
     except (AssertionError, ValueError, KeyError) as error:

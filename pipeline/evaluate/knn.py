@@ -34,7 +34,9 @@ def knn_accuracies(
     """
     check_probe(train, test, num_classes)
     if max(ks) > len(train.labels):
-        raise UserError(f"eval.knn_k={max(ks)} is more than the {len(train.labels)} training images: lower it")
+        raise UserError(
+            f"eval.knn_k or --k = {max(ks)}: is more than the {len(train.labels)} training images; lower it"
+        )
     mean = train.features.mean(0) if centre else 0
     bank, labels = F.normalize(train.features - mean).to(device), train.labels.to(device)
     correct = dict.fromkeys(ks, 0)
@@ -42,7 +44,10 @@ def knn_accuracies(
         similarity = F.normalize(queries - mean).to(device) @ bank.T
         for k in ks:
             nearest = _nearest(similarity, k)
-            weights = (similarity.gather(1, nearest) / temperature).exp()
+            near = similarity.gather(1, nearest)
+            weights = (
+                (near - near.amax(1, keepdim=True)) / temperature
+            ).exp()  # against the nearest: exp(1 / T) may overflow
             votes = similarity.new_zeros(len(queries), num_classes).scatter_add_(1, labels[nearest], weights)
             correct[k] += int((votes.argmax(1) == truth.to(device)).sum())
     return {k: 100 * count / len(test.labels) for k, count in correct.items()}

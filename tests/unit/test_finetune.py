@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.augment import _rand_augment
 from pipeline.config import ConfigError, UserError, load_config
 from pipeline.costs import finetune_tokens
 from pipeline.engine.torch import TorchEngine
@@ -312,3 +314,9 @@ def test_a_draw_without_labels_is_for_looking_only(classifier, images):
     assert isinstance(draw, LabelDraw) and method.figure(images, draw).size[0] > 100
     with pytest.raises(RuntimeError):
         method(images, draw)
+
+
+def test_rand_augment_interpolates_as_maes_fine_tuning_does():
+    policy = _rand_augment("rand-m9-mstd0.5-inc1", 32)
+    drawn = {operation.kwargs["resample"] for operation in policy.ops}
+    assert drawn == {Image.Resampling.BICUBIC}

@@ -121,7 +121,7 @@ def test_several_k_at_once_are_each_alone() -> None:
     found = knn_accuracies(train, test, num_classes=4, ks=(1, 5, 20, 100))
     assert found == {k: knn_accuracy(train, test, num_classes=4, k=k) for k in (1, 5, 20, 100)}
     assert len(set(found.values())) > 2
-    with pytest.raises(UserError, match="eval.knn_k=301 is more than the 300 training images"):
+    with pytest.raises(UserError, match="eval.knn_k or --k = 301: is more than the 300 training images"):
         knn_accuracies(train, test, num_classes=4, ks=(1, 301))
 
 
@@ -170,7 +170,7 @@ def test_an_all_zero_feature_is_like_nothing_and_not_an_error() -> None:
 
 
 def test_more_neighbours_than_images_are_refused() -> None:
-    with pytest.raises(UserError, match="eval.knn_k=20 is more than the 10 training images"):
+    with pytest.raises(UserError, match="eval.knn_k or --k = 20: is more than the 10 training images"):
         knn_accuracy(blobs(10, 1), blobs(10, 2), num_classes=4)
 
 
@@ -178,3 +178,10 @@ def test_shuffled_labels_give_chance() -> None:
     train, test = blobs(1000, 1), blobs(1000, 2)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(5))
     assert 18 < knn_accuracy(Features(train.features, train.labels[order]), test, num_classes=4) < 32
+
+
+def test_a_low_temperature_leaves_the_vote_to_the_nearest() -> None:
+    """exp(1 / temperature) alone is infinite in float32 below 0.0113, and all classes would be equal."""
+    train, test = blobs(300, 0), blobs(100, 1)
+    nearest = knn_accuracy(train, test, num_classes=4, k=1)
+    assert knn_accuracy(train, test, num_classes=4, k=5, temperature=1e-4) == nearest > 40
