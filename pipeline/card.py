@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from pipeline.compare import describe
-from pipeline.config import UserError
+from pipeline.config import Config, UserError
+from pipeline.eval_settings import FinetuneConfig
 from pipeline.history import HELDOUT, History, read_folder
 from pipeline.mlflow_run import redact
-from pipeline.runlog import LOG, Record, read_log
+from pipeline.runlog import CHANGED, LOG, Record, read_log
 
 if TYPE_CHECKING:
     from pipeline.runs import Restored
 
 SEAL: Final = "data_seal.json"
-# The settings that make the weights; the others say where a run lived, and may hold what is nobody's business.
-SECTIONS: Final = ("method", "model", "data", "train", "optim", "engine")
+# The settings that make the weights and the results; the others say where a run lived, and may hold what is nobody's business.
+SECTIONS: Final = ("method", "model", "data", "train", "optim", "engine", "eval")
 WEIGHTS: Final = {
     "model": "the trained encoder's",
-    "ema": "the teacher's, the average of the trained encoder's",
+    "ema": "an average of the trained encoder's over the steps",
     "untrained": "the first ones, drawn from the seed: nothing was learned",
 }
 # What is told of the run's cost; its other facts name places.
@@ -111,6 +112,16 @@ def _start(records: Sequence[Record]) -> str:
             f"`{Path(line['init']).name}`, whose checkpoint has the seal `{line['init_seal']}`.")  # fmt: skip
 
 
+def _labels(cfg: Config, num_samples: int, num_classes: int) -> Iterable[tuple[str, str]]:
+    if not isinstance(cfg.method, FinetuneConfig):
+        yield "classes (pretraining uses no labels)", f"{num_classes:,}"
+        return
+    yield "classes, whose labels were learned", f"{num_classes:,}"
+    if cfg.eval.label_fraction < 1:
+        yield "of them trained on", (f"about {cfg.labelled(num_samples):,} images: {100 * cfg.eval.label_fraction:g} % of each "
+                                     f"class, drawn with eval.label_seed = {cfg.eval.label_seed}")  # fmt: skip
+
+
 def _data(run_dir: Path, restored: "Restored") -> str:
     """The images by the seal that the run kept, else by the identity in its checkpoint."""
     path = run_dir / SEAL
@@ -120,7 +131,7 @@ def _data(run_dir: Path, restored: "Restored") -> str:
     try:
         seal = json.loads(path.read_text())
         rows = [("image set", f"`{seal['image_set']}`"), ("images", f"{seal['num_samples']:,}"),
-                ("classes (pretraining uses no labels)", f"{len(seal['classes']):,}"),
+                *_labels(restored.cfg, seal["num_samples"], len(seal["classes"])),
                 ("beton", f"{seal['size']:,} bytes"),
                 *((f"sha256 of its {name}", f"`{value}`") for name, value in seal["sha256"].items()),
                 ("sha256 of its seal", f"`{seal['digest']}`"),
@@ -145,17 +156,20 @@ def _weights_of(name: str) -> str:
     return end if end in (*WEIGHTS, "pixels") else "model"
 
 
-def _results(history: History, step: int, weights: str) -> str:
+def _results(history: History, records: Sequence[Record], step: int, weights: str) -> str:
     """The newest value of each evaluation in the log, of whatever weights, and which of them are of these."""
     last = {name: points[-1] for name, points in sorted(history.points.items())}
     if not last:
         return "None: the run's log has no evaluation."
-    rows = [("held-out pretraining loss" if name == HELDOUT else f"`{name}`", _weights_of(name), f"{at:,}", f"{value:.4g}")
+    changed = {name: record.get(CHANGED, {}) for record in records if record["kind"] == "eval" for name in record}
+    rows = [("held-out pretraining loss" if name == HELDOUT else f"`{name}`", _weights_of(name), f"{at:,}", f"{value:.4g}",
+             ", ".join(f"{key}={_names_only(value)}" for key, value in changed.get(name, {}).items()) or "as above")
             for name, (at, value) in last.items()]  # fmt: skip
     own = [f"`{name}`" for name, (at, _) in last.items() if _weights_of(name) == weights and at == step]
-    table = _table(("evaluation", "weights", "step", "value"), rows)
-    return (f"{table}\n\nAccuracies are in percent, on the run's validation images; weights `pixels` are a probe of raw pixels. "
-            f"Of the weights in this folder: {', '.join(own) or 'none of them'}. One run: no spread is known.")  # fmt: skip
+    table = _table(("evaluation", "weights", "step", "value", "settings"), rows)
+    return (f"{table}\n\nAccuracies are in percent, on the run's validation images but where `data.*` was changed; weights "
+            f"`pixels` are a probe of raw pixels. Of the weights in this folder: {', '.join(own) or 'none of them'}. One run: no "
+            "spread is known.")  # fmt: skip
 
 
 def _limits(restored: "Restored") -> Iterable[str]:
@@ -192,11 +206,11 @@ def model_card(run_dir: Path, restored: "Restored", weights: str) -> str:
     million = sum(parameter.numel() for parameter in restored.method.encoder.parameters()) / 1e6
     sections = {
         "Use": _use(restored),
-        "Method": reference + _start(records),
+        "Method": reference + (_start(records) if weights != "untrained" else ""),
         "Training images": origin or _data(run_dir, restored),
         "Configuration": f"<details><summary>{summary}</summary>\n\n```yaml\n{resolved}```\n\n</details>",
         "Compute": origin or _compute(history, records),
-        "Results": _results(history, restored.step, weights),
+        "Results": _results(history, records, restored.step, weights),
         "Limits": "\n".join(f"- {line}" for line in _limits(restored)),
         "Versions": _table(("", ""), [(when, ", ".join(f"{name} {value}" for name, value in known.items()) or "-")
                                       for when, known in versions]),

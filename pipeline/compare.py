@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import UserError
-from pipeline.equal_compute import at_equal_compute, axis_label, on_gpus
+from pipeline.equal_compute import at_equal_compute, axis_label, by_step, is_loss, on_gpus
 from pipeline.history import HELDOUT, WINDOW, Floats, History, read_folder, read_mlflow
 from pipeline.mlflow_run import redact
 from pipeline.runlog import LOG, replace_file, to_json
@@ -124,8 +124,8 @@ def metrics(run: History) -> dict[str, dict[str, float]]:
         ends = run.steps[len(run.steps) - len(means) :]
         found["loss"] = _summary(ends.tolist(), means.tolist(), min)
     for name, points in sorted(run.points.items(), key=lambda item: (item[0] != HELDOUT, item[0])):
-        steps, values = zip(*points, strict=True)
-        found[name] = _summary(steps, values, min if name in (HELDOUT, "mean_cosine") else max)
+        steps, values = by_step(points)
+        found[name] = _summary(steps.tolist(), values.tolist(), min if is_loss(name) or name == "mean_cosine" else max)
     return found
 
 
@@ -170,7 +170,7 @@ def describe(run: History) -> dict[str, str]:
 
 
 def _at(name: str, value: float, step: float) -> str:
-    return f"{value:{'.4g' if name in ('loss', HELDOUT) else '.2f'}} ({int(step):,})"
+    return f"{value:{'.4g' if name == 'loss' or is_loss(name) else '.2f'}} ({int(step):,})"
 
 
 def _score(name: str, found: Mapping[str, float], which: str) -> str:
@@ -185,7 +185,8 @@ def _metric_rows(runs: Sequence[History]) -> Iterator[Row]:
         title = TITLES.get(name, name)
         for which in ("last", "best"):
             cells = [_score(name, column[name], which) if name in column else UNKNOWN for column in columns]
-            yield f"{title}, {which}", cells
+            chosen = " (chosen on data.val)" if which == "best" and name.startswith("val_") else ""
+            yield f"{title}, {which}{chosen}", cells
 
 
 def _equal_rows(runs: Sequence[History]) -> Iterator[Row]:
@@ -201,9 +202,11 @@ def _equal_rows(runs: Sequence[History]) -> Iterator[Row]:
 
 def notes(runs: Sequence[History]) -> list[str]:
     """What to know when reading the tables."""
-    lines = [f"loss: means of {WINDOW} training lines, the last and the lowest; probes: top-1 %; at (step)"]
+    lines = [
+        f"loss: means of {WINDOW} training lines, the last and the lowest; probes: top-1 %, the latest of a step; at (step)"
+    ]
     lines.append("at equal compute: as much as the run with the least had, each with its last loss and probes until then; "
-                 "FLOPs and hours are of training, without probes")  # fmt: skip
+                 "FLOPs are of training alone, hours also of what is evaluated meanwhile, not of probes afterwards")  # fmt: skip
     if any(key.startswith("method.") for key in differing(runs)):
         lines.append("losses of different methods or targets have no common scale: compare probes")
     if not all(run.is_folder for run in runs):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from pipeline.equal_compute import AXES, PROBE, axis_label, columns, place
+from pipeline.equal_compute import AXES, CLASSIFIER, PROBE, axis_label, by_step, place
 from pipeline.history import HELDOUT, Floats, History
 
 # Okabe and Ito, 2008: told apart by eyes without red, green or blue. Grey stands for their yellow, pale on white.
@@ -25,6 +25,7 @@ LOG_FROM: Final = 2.5  # times the lowest loss: over less, a linear axis has the
 NAME: Final = 44
 LOSS: Final = "loss"
 TOP1: Final = "top-1 %"
+OF_CLASSIFIERS: Final = {"top1": TOP1, "top5": "top-5 %", "loss": "cross-entropy of a classifier"}
 
 Style = dict[str, Any]
 
@@ -41,14 +42,21 @@ def measures(runs: Sequence[History]) -> list[Measure]:
     """The loss; the probes where a run has any, each from its untrained weights on; and what else was evaluated."""
     names = sorted({name for run in runs for name in run.points} - {HELDOUT})
     probes: dict[str, list[str]] = {}
+    classifiers: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for name in names:
+        if own := CLASSIFIER.fullmatch(name):
+            label = "fine-tuned (average)" if own[2] else "fine-tuned"
+            classifiers.setdefault(OF_CLASSIFIERS[own[1]], []).append((label, (name,)))
         found = PROBE.fullmatch(name)
         if found and found[2] != "pixels":  # these are no encoder's
             probes.setdefault(f"{found[1]} (ema)" if found[2] == "ema" else found[1], []).append(name)
     trained = {label: own for label, own in probes.items() if any(not name.endswith("_untrained") for name in own)}
-    shown = [Measure(TOP1, tuple((label, tuple(own)) for label, own in trained.items()))] if trained else []
-    others = [Measure(name, ((name, (name,)),)) for name in names if not PROBE.fullmatch(name)]
-    return [Measure(LOSS), *shown, *others]
+    top1 = (*((label, tuple(points)) for label, points in trained.items()), *classifiers.pop(TOP1, ()))
+    others = [
+        Measure(name, ((name, (name,)),)) for name in names if not (PROBE.fullmatch(name) or CLASSIFIER.fullmatch(name))
+    ]
+    return [Measure(LOSS), *([Measure(TOP1, top1)] if top1 else []),
+            *(Measure(label, tuple(series)) for label, series in classifiers.items()), *others]  # fmt: skip
 
 
 def smooth(values: Floats) -> Floats:
@@ -73,7 +81,7 @@ def _thin(most: int, *series: Floats) -> Iterator[Floats]:
 
 
 def _points(run: History, names: Sequence[str]) -> tuple[Floats, Floats]:
-    return columns([point for name in names for point in run.points.get(name, [])])
+    return by_step([point for name in names for point in run.points.get(name, [])])
 
 
 def _losses(axes: Axes, run: History, axis: str, style: Style, most: int) -> None:

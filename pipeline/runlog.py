@@ -8,11 +8,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pipeline.config import UserError
 
 LOG, DISCARDED = "log.jsonl", "log.discarded.jsonl"
+CHANGED: Final = "changed"  # in an eval line: the settings in which the evaluation differed from the run
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 log = logging.getLogger("patchmill")

@@ -3,7 +3,8 @@ a learned query attends to the frozen tokens of a block, and a linear head class
 
 Heads on several blocks and at several learning rates are trained in one pass over the images, and the best is chosen on a
 tenth of the training images that no head is trained on, as the linear heads are. They see patch tokens only, so that
-methods with and without a class token are compared on the same.
+methods with and without a class token are compared on the same. AIM itself gives its head the mean of the last six layers
+before the norm and trains it by another schedule: figures are near each other's, not the same probe's.
 """
 
 import torch

@@ -1,7 +1,8 @@
 """MAE's linear recipe (He et al., "Masked autoencoders are scalable vision learners", CVPR 2022, appendix A.1).
 
 A linear head behind a BatchNorm without affine, trained by LARS on random crops and flips; the features of each crop are
-computed at each step by the frozen encoder.
+computed at each step by the frozen encoder. MAE's published figures are of the class token and of bicubic images
+(``eval.pooling=cls data.resample=bicubic``); its BatchNorm sees a GPU's images, this one the global batch.
 """
 
 from collections.abc import Iterable

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from pipeline.runs import Restored, open_images, read_config, restore
 from pipeline.vit import VisionTransformer
 
 Which = Literal["train", "val"]
+SPEED = ("eval.batch_size", "data.threads", "data.jit", "data.stage_in")  # how fast an evaluation is, not what it finds
 FREE = ("eval.", "data.", "engine.")  # what an evaluation may set; the rest is what was trained
 
 
@@ -82,6 +83,12 @@ class Session:
     def step(self) -> int:
         """The checkpoint's, 0 for untrained weights and pixels."""
         return self.restored.step if self.restored else 0
+
+    def changed(self) -> dict[str, Any]:
+        """The settings in which this evaluation differs from the run and that its result may depend on."""
+        own, here = (flatten(cfg.model_dump(mode="json")) for cfg in (read_config(self.run_dir), self.cfg))
+        return {key: value for key, value in here.items()
+                if key.startswith(("eval.", "data.")) and key not in SPEED and value != own[key]}  # fmt: skip
 
     @contextmanager
     def images(self, which: Which, *, augment: bool = False) -> Iterator[Loader]:

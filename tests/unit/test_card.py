@@ -51,7 +51,7 @@ def write_log(run: Path) -> None:
         log.write("eval", step=10, knn_model=11.5)
         log.write("train", step=20, loss=0.5, images_per_s=321.0, samples_seen=160)
         log.write("eval", step=20, heldout_loss=0.625, heldout_images=8)
-        log.write("eval", step=20, knn_model=22.25)
+        log.write("eval", step=20, knn_model=22.25, changed={"eval.knn_k": 3, "data.val": "/home/jane/other.beton"})
         log.write("eval", step=20, val_top1=31.5, val_top1_ema=32.5)
         log.write("eval", step=0, knn_untrained=9.75)
         log.write("eval", step=10, linear_heads_model=44.5)
@@ -110,6 +110,14 @@ def test_a_fine_tuned_classifier_goes_out_whole(
     assert front["pipeline_tag"] == "image-classification" and "logits = model(images)  # [1, 7]" in sections["Use"]
     assert "`ema` weights of step 1,234 of the run `mae`, whose checkpoint has the seal `5ea1`" in sections["Method"]
     assert "tokens left on the way" in sections["Limits"] and "hidden" not in card
+    (run / "data_seal.json").write_text(json.dumps(SEAL))
+    _, _, sections = exported(run, tmp_path / "sealed")
+    assert "classes, whose labels were learned" in sections["Training images"]
+    assert "no labels" not in sections["Training images"] and "trained on" not in sections["Training images"]
+    write_run(run, tiny_config("finetune", method__num_classes=7, eval__label_fraction=0.1, eval__label_seed=3))
+    _, _, sections = exported(run, tmp_path / "tenth")
+    assert "about 123,459 images: 10 % of each class, drawn with eval.label_seed = 3" in sections["Training images"]
+    assert "It began with" not in exported(run, tmp_path / "untrained", "untrained")[2]["Method"]
     assert {"fc_norm.weight", "head.bias"} <= load_file(tmp_path / "out" / "model.safetensors").keys()
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.no_grad():
@@ -132,13 +140,15 @@ def test_the_card_says_what_is_known(runs: Mapping[str, Path], tmp_path: Path) -
     assert "secret_class" not in card
     resolved = yaml.safe_load(sections["Configuration"].split("```yaml\n")[1].split("```")[0])
     assert load_config([], defaults={**resolved, "run": {"dir": "x"}}).method == restore(run).cfg.method
+    assert resolved["eval"]["knn_k"] == 20
     rows = {"step": "20 of 40", "images seen": "160", "FLOPs so far": "1.6e+08", "engine": "ddp", "processes": "2",
             "precision": "bf16", "restarts": "0", "device": "NVIDIA X100"}  # fmt: skip
     for name, value in rows.items():
         assert f"| {name} | {value} |" in sections["Compute"]
-    for row in ("held-out pretraining loss | model | 20 | 0.625", "`knn_model` | model | 20 | 22.25",
-                "`knn_untrained` | untrained | 0 | 9.75", "`linear_heads_model` | model | 10 | 44.5",
-                "`val_top1` | model | 20 | 31.5", "`val_top1_ema` | ema | 20 | 32.5"):  # fmt: skip
+    for row in ("held-out pretraining loss | model | 20 | 0.625 | as above",
+                "`knn_model` | model | 20 | 22.25 | eval.knn_k=3, data.val=other.beton",
+                "`knn_untrained` | untrained | 0 | 9.75 | as above", "`linear_heads_model` | model | 10 | 44.5 | as above",
+                "`val_top1` | model | 20 | 31.5 | as above", "`val_top1_ema` | ema | 20 | 32.5 | as above"):  # fmt: skip
         assert f"| {row} |" in sections["Results"]
     assert (
         "Of the weights in this folder: `heldout_loss`, `knn_model`, `val_top1`. " in sections["Results"]
@@ -168,7 +178,10 @@ def test_the_card_says_what_is_not(runs: Mapping[str, Path], tmp_path: Path) -> 
 def test_weights_that_are_another_average_or_have_a_frozen_norm_say_so(
     runs: Mapping[str, Path], tiny_config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    assert "Weights: the teacher's, the average" in exported(runs["pcae"], tmp_path / "ema", "ema")[0]
+    assert (
+        "Weights: an average of the trained encoder's over the steps."
+        in exported(runs["pcae"], tmp_path / "ema", "ema")[0]
+    )
     card, _, sections = exported(runs["randsac"], tmp_path / "skips")
     assert "`norm` was frozen at the identity" in sections["Limits"]
     assert "[1, 64, 96]" in card and "tokens[:, 0:].mean(1)" in card

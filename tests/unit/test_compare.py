@@ -285,6 +285,24 @@ def test_held_out_loss_and_probes(write: Write) -> None:
     assert found["knn_model"] == {"last": 55, "last_step": 6, "best": 60, "best_step": 4}
 
 
+def test_the_least_loss_is_the_best_and_of_two_probes_of_a_step_the_latest_counts(write: Write) -> None:
+    tested = [
+        note(20, 2, val_loss=2.0, val_loss_ema=1.5, val_top1=30.0),
+        note(21, 4, val_loss=1.0, val_loss_ema=1.7, val_top1=20.0),
+    ]
+    probed = [note(30, 4, knn_model=70.0), note(31, 4, knn_model=60.0)]
+    run = write(
+        "tuned", [turn("start", 0, 0), *steps(1, 6, 10), *tested, *probed], method="finetune", method__num_classes=4
+    )
+    found = metrics(read_folder(run))
+    assert (found["val_loss"]["best"], found["val_loss_ema"]["best"], found["val_top1"]["best"]) == (1.0, 1.5, 30.0)
+    assert (found["knn_model"]["best"], found["knn_model"]["last"]) == (60.0, 60.0)
+    other = write("other", [turn("start", 0, 0), *steps(1, 6, 10)])
+    output = CliRunner().invoke(app, ["compare", str(run), str(other)]).output
+    assert row(output, "val_loss, best (chosen on data.val)") == ["1 (4)", "-"]
+    assert row(output, "knn_model, best") == ["60.00 (4)", "-"]
+
+
 def test_what_was_rolled_back_is_no_best_held_out_loss(write: Write) -> None:
     lines = [*BEGINNING, *LOST, note(1061, 6, heldout_loss=0.01), *END, note(2041, 8, heldout_loss=0.5)]
     assert metrics(read_folder(write("run", lines)))["heldout_loss"]["best"] == 0.5

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def test_equal_compute_by_hand(slow: Path, fast: Path) -> None:
         "loss": [pytest.approx(mean(4)), (4.5, 8)], "heldout_loss": [(1.5, 2), None], "knn_model": [(20, 3), (50, 8)]}  # fmt: skip
 
 
+def test_runs_made_as_long_as_each_other_have_their_ends_though_one_is_a_little_longer(slow: Path) -> None:
+    run = read_folder(slow)
+    for factor, found in ((1.0005, (30, 6)), (1.002, (20, 3))):
+        longer = replace(run, flops=run.flops * factor)
+        (budget,) = (budget for budget in at_equal_compute([run, longer]) if budget.axis == "flops")
+        assert budget.amount == 48e9 and budget.found["knn_model"] == [(30, 6), found]
+
+
 def test_an_axis_that_one_run_knows_alone_has_no_budget(write: Write, slow: Path) -> None:
     old = write("old", [{"kind": "start", "time": 0, "step": 0}, *steps(1, 4, 10)])
     budgets = at_equal_compute([read_folder(slow), read_folder(old)])
@@ -120,6 +129,19 @@ def test_ema_is_a_line_of_its_own_and_what_no_training_changed_is_none(write: Wr
     ]
     (_, probes) = measures([read_folder(write("run", some))])
     assert probes.series == (("knn (ema)", ("knn_ema",)), ("knn", ("knn_model",)))
+
+
+def test_a_classifiers_metrics_stand_by_their_unit(write: Write) -> None:
+    tested = {f"val_{name}{of}": 1.0 for name in ("top1", "top5", "loss") for of in ("", "_ema")}
+    run = read_folder(
+        write("run", [turn("start", 0, 0), *steps(1, 2, 10), note(50, 2, knn_model=1.0, val_images=9, **tested)])
+    )
+    pair = lambda name: (("fine-tuned", (f"val_{name}",)), ("fine-tuned (average)", (f"val_{name}_ema",)))  # noqa: E731
+    assert {measure.label: measure.series for measure in measures([run])} == {
+        "loss": (), "top-1 %": (("knn", ("knn_model",)), *pair("top1")), "cross-entropy of a classifier": pair("loss"),
+        "top-5 %": pair("top5")}  # fmt: skip
+    found = at_equal_compute([run, run])[0].found
+    assert list(found) == ["loss", "knn_model", "val_top1", "val_top1_ema"]
 
 
 def test_a_name_with_dollars_is_no_formula(fast: Path, slow: Path) -> None:

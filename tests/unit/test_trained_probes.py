@@ -413,6 +413,9 @@ def test_the_verbs(quick: Path) -> None:
     record = read_log(quick / "log.jsonl")[-1]
     assert {f"{record[f'knn{k}_untrained']:.2f}" for k in (1, 3, 5)} == {line.split()[3] for line in table}
     assert record["knn_untrained"] == record["knn5_untrained"]
+    assert record["changed"] == {"eval.knn_k": 5}, "what an evaluation was asked otherwise than the run is in its line"
+    said("knn", "eval.batch_size=7", "data.threads=1")
+    assert "changed" not in read_log(quick / "log.jsonl")[-1], "only speed"
     (line,) = said("linear", "--mae")
     assert line.startswith("linear_mae ")
     assert len(said("attentive")) == 5
