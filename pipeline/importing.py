@@ -55,6 +55,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of other formats of pickles
             loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged file may raise anything
         code = re.search(r"nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
         if code:

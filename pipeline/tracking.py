@@ -6,6 +6,7 @@ last step of each metric and goes on from there in the log. ``sync`` compares wh
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -254,13 +255,19 @@ def sync(run_dir: Path, uri: str | None = None, tags: Mapping[str, str] | None =
     if not (run_dir / LOG).exists():
         raise UserError(f"{run_dir} is not a run folder: it has no {LOG}; give the run.dir of `patchmill train`")
     state = load_state(run_dir)
-    config = run_dir / "config.yaml"
-    setting = load_config([config]).tracking.uri if config.exists() else "none"
-    target = resolve_uri(uri or state["uri"] or setting, run_dir)
+    target = resolve_uri(uri, run_dir) if uri else _known_store(run_dir, state)
     if target is None:
         raise UserError(f"{run_dir} was never sent to MLflow: name a store with --uri, such as http://127.0.0.1:5000")
     with _told(run_dir, target, "name another store with --uri"):
         return _replay(run_dir, state, target, read_log(run_dir / LOG), tags or {}, weights)
+
+
+def _known_store(run_dir: Path, state: Mapping[str, Any]) -> str | None:
+    """Where a run was sent, which is kept without user and password: with them while the settings still name that store."""
+    config = run_dir / "config.yaml"
+    setting = resolve_uri(load_config([config]).tracking.uri, run_dir) if config.exists() else None
+    sent = resolve_uri(state["uri"], run_dir) if state["uri"] else None
+    return setting if sent is None or (setting is not None and redact(setting) == sent) else sent
 
 
 def nest(folder: Path, uri: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str],
@@ -305,9 +312,7 @@ def send_figures(run_dir: Path, paths: Sequence[Path]) -> str | None:
     state = load_state(run_dir)
     if state["run_id"] is None:
         return None
-    config = run_dir / "config.yaml"
-    set_now = resolve_uri(load_config([config]).tracking.uri, run_dir) if config.exists() else None
-    uri: str = set_now if set_now and redact(set_now) == state["uri"] else state["uri"]
+    uri = str(_known_store(run_dir, state))
     try:
         with _reachable(uri, "patchmill sync sends the pictures later"):
             from mlflow import MlflowClient
@@ -344,6 +349,8 @@ def _reachable(uri: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(f"{error.filename}: {error.strerror}") from error
         raise UserError(
             f"MLflow ({redact(uri)}) cannot be reached or refuses: {brief(error)}; start it, or {remedy}"
         ) from error

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -165,6 +166,14 @@ def test_a_damaged_file_is_refused(how: str, cfg: Config, save: Callable[..., Pa
     }
     file.write_bytes(contents[how])
     refused(file, cfg, "is damaged, or no checkpoint of PyTorch")
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(
+    cfg: Config, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = save(weights_of(cfg))
+    monkeypatch.setattr(torch, "load", Mock(side_effect=PermissionError(13, "Permission denied", str(file))))
+    refused(file, cfg, r"cannot be read \(Permission denied\)")
 
 
 def test_a_missing_file_and_one_without_weights(cfg: Config, save: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """patchmill sync: what a run folder has and its store has not, once, with one clear line when it cannot."""
 
+import errno
 import fcntl
 import json
 import shutil
@@ -17,6 +18,7 @@ from mlflow_stores import assert_once, history, open_sink, runs_in, state_of, th
 
 from pipeline import mlflow_run, tracking
 from pipeline.config import UserError
+from pipeline.mlflow_run import redact
 from pipeline.runlog import LOG
 from pipeline.tracking import RunLog, nest, resolve_uri, sync
 
@@ -176,6 +178,31 @@ def test_secrets_stay_out(
     sent = MlflowClient(uri).download_artifacts(run.info.run_id, "config.yaml")
     text = f"{run.data.params} {run.data.tags} {Path(sent).read_text()} {(run_dir / 'mlflow.json').read_text()}"
     assert "127.0.0.1" in text and "s3cret" not in text
+
+
+def test_a_run_that_was_sent_is_sent_again_with_the_password_of_the_settings(
+    run_dir: Path, write_config: Callable[..., object], closed_port: str
+) -> None:
+    store = closed_port.replace("//", "//me:s3cret@")
+    write_config(tracking__uri=store)
+    state = {"uri": redact(store)}
+    assert "s3cret" not in state["uri"] and tracking._known_store(run_dir, state) == store
+    assert tracking._known_store(run_dir, {"uri": "http://elsewhere:5000"}) == "http://elsewhere:5000"
+    assert tracking._known_store(run_dir, {"uri": None}) == store
+    write_config(tracking__uri="none")
+    assert (
+        tracking._known_store(run_dir, {"uri": None}) is None and tracking._known_store(run_dir, state) == state["uri"]
+    )
+
+
+def test_a_full_disk_is_not_said_to_be_mlflows(run_dir: Path) -> None:
+    with (
+        pytest.raises(UserError, match="^/x/mlflow.json: No space left on device$"),
+        tracking._reachable("http://x", "wait"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "/x/mlflow.json")
+    with pytest.raises(UserError, match="cannot be reached"), tracking._reachable("http://x", "wait"):
+        raise ConnectionError("refused")
 
 
 def test_no_uri_leaves_what_sync_noted(run_dir: Path, uri: str) -> None:
