@@ -249,6 +249,14 @@ def evidence(
         Path | None,
         typer.Option(metavar="FILE.json", help="Also write the table there, and draw it in FILE.png."),
     ] = None,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with",
+            metavar="FILE.json",
+            help="Leave out, but show, what another queue has found: its --out. May be given again.",
+        ),
+    ] = None,
 ) -> None:
     """Pretrain and probe every row of configs/evidence on CIFAR-10: the methods, their controls, untrained, raw pixels.
 
@@ -258,5 +266,6 @@ def evidence(
     """
     from pipeline.bench.evidence_run import Options, run
 
-    options = Options(tuple(changes or ()), folder, data, jobs, seeds, tuple(only or ()), minutes, dry_run, report, out)
+    options = Options(tuple(changes or ()), folder, data, jobs, seeds, tuple(only or ()), minutes, dry_run, report, out,
+                      tuple(others or ()))  # fmt: skip
     raise typer.Exit(run(options))

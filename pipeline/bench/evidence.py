@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +16,7 @@ from pipeline.bench.evidence_data import SPLITS, packed
 from pipeline.config import CONFIG_DIR, Config, UserError, binding_differences, find_config, load_config
 from pipeline.estimate import flops_per_image
 from pipeline.order import Plan
-from pipeline.runlog import LOG, Record, read_whole
+from pipeline.runlog import CHANGED, LOG, Record, read_whole
 
 REFERENCE: Final = "randsac_square"  # what "as many FLOPs" means
 COMPRESSED: Final = "pcae_similarity"  # is fine-tuned too, and tested at several drop ratios
@@ -106,15 +106,22 @@ class Run:
         """Whether it has come to its end, with these settings."""
         return _ended(self.folder) and not binding_differences(load_config([self.folder / CONFIG]), self.cfg)
 
+    @property
+    def encoder(self) -> str:
+        """What the untrained encoders that compare with this one have in common with it: method, size, patch."""
+        return f"{self.cfg.method.name} {self.cfg.model.name}/{self.cfg.shape.patch_size}"
+
+    def _is_other(self) -> bool:
+        """Whether the folder holds a run of other settings, whose results are not this one's."""
+        path = self.folder / CONFIG
+        return path.is_file() and bool(binding_differences(load_config([path]), self.cfg))
+
     def score(self, probe: str, weights: str) -> float | None:
-        """Top-1 in percent that a probe has found, the newest; of the trained weights at the run's end only."""
+        """Top-1 in percent that a probe has found with the run's own settings, the newest; of trained weights at its end only."""
         name, step = f"{PROBES[probe][1]}_{weights}", self.steps if weights == "model" else 0
-        found = [
-            line[name]
-            for line in self.records()
-            if line["kind"] == "eval" and line.get("step") == step and name in line
-        ]
-        return found[-1] if found else None
+        found = [line[name] for line in self.records()
+                 if line["kind"] == "eval" and line.get("step") == step and name in line and CHANGED not in line]  # fmt: skip
+        return found[-1] if found and not self._is_other() else None
 
     def _probe(self, probe: str, weights: str) -> Command:
         words = ["eval", *PROBES[probe][0], str(self.folder), "--weights", weights]
@@ -130,7 +137,7 @@ class Run:
     def compression(self) -> list[Record]:
         """What `eval compression` has found last: ratio, gmacs, top1 and images_per_s of each drop ratio."""
         found = [line["compression"] for line in read_whole(self.classifier / LOG)[0] if "compression" in line]
-        return found[-1] if found else []
+        return found[-1] if found and not self._is_other() else []
 
     def _compress(self) -> list[Command]:
         tune = ("eval", "finetune", str(self.folder), "train.epochs=2")
@@ -202,10 +209,13 @@ def rows(only: Sequence[str] = (), changes: Sequence[str] = ()) -> list[Row]:
 def plan(folder: Path, chosen: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
     """All runs, seed by seed, so that what is there after half of the time is half of every row.
 
-    The untrained encoder is probed once for each method and seed, raw pixels once.
+    An untrained encoder is probed once with each seed, raw pixels once. Raises UserError for two rows of one name.
     """
     runs: list[Run] = []
     seen: set[tuple[str, int]] = set()
+    names = [row.name for row in chosen]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--only: two rows would be called {twice[0]} and share their folders; rename one's file")
     for seed in seeds:
         for row in chosen:
             run, data = folder / f"{row.name}-seed{seed}", folder / "data"
@@ -213,9 +223,10 @@ def plan(folder: Path, chosen: Sequence[Row], seeds: Sequence[int]) -> list[Run]
             if _configure(row).data.loader != "synthetic":
                 words += [f"data.train={data / 'train.beton'}", f"data.val={data / 'test.beton'}"]
             cfg = load_config([row.config], words[1:])
-            others = () if (cfg.method.name, seed) in seen else ("untrained",) if seen else ("untrained", "pixels")
-            seen.add((cfg.method.name, seed))
-            runs.append(Run(row, seed, run, tuple(words), cfg, others))
+            alone = Run(row, seed, run, tuple(words), cfg, ())
+            others = () if (alone.encoder, seed) in seen else ("untrained",) if seen else ("untrained", "pixels")
+            seen.add((alone.encoder, seed))
+            runs.append(replace(alone, others=others))
     return runs
 
 

@@ -20,7 +20,7 @@ def _points(axes: Axes, x: Sequence[float], y: Sequence[float], style: dict[str,
 
 def _by_row(axes: Axes, rows: Sequence[EvidenceRow], probe: str, styles: dict[str, dict[str, Any]]) -> None:
     """A line a row: its seeds as points, their mean as a bar; the raw pixels as a line through all."""
-    drawn = [row for row in rows if row.method is not None]
+    drawn = [row for row in rows if row.encoder is not None]
     for place, row in enumerate(drawn):
         score = row.scores[probe]
         _points(axes, list(score.by_seed.values()), [place] * len(score.by_seed), styles[row.name])
@@ -28,7 +28,7 @@ def _by_row(axes: Axes, rows: Sequence[EvidenceRow], probe: str, styles: dict[st
             axes.plot([score.mean] * 2, [place - 0.3, place + 0.3], color=styles[row.name]["color"], lw=1.4)
     for row in rows:
         mean = row.scores[probe].mean
-        if row.method is None and mean is not None:
+        if row.encoder is None and mean is not None:
             axes.axvline(mean, color="0.35", ls="--", lw=1)
     axes.set_yticks(range(len(drawn)), [row.name for row in drawn])
     axes.set_ylim(len(drawn) - 0.5, -0.5)
@@ -43,7 +43,7 @@ def _against_flops(axes: Axes, rows: Sequence[EvidenceRow], probe: str, styles: 
         score: Score = row.scores[probe]
         if row.images:
             _points(axes, [row.flops / 10**power] * len(score.by_seed), list(score.by_seed.values()), styles[row.name])
-        elif row.method is None and score.mean is not None:
+        elif row.encoder is None and score.mean is not None:
             axes.axhline(score.mean, color="0.35", ls="--", lw=1)
     axes.set(xlabel=f"FLOPs of a run's training, $10^{{{power}}}$", ylabel=LABELS[probe])
     axes.set_xlim(left=0)

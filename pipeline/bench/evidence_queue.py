@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,7 @@ def _start(run: Run, todo: list[Command]) -> Working:
         # A session of its own: Ctrl-C reaches this process only, which passes it on.
         process = subprocess.Popen(command_line(todo[0]), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                    start_new_session=True, preexec_fn=prepare,
-                                   env={"OMP_NUM_THREADS": "1", **os.environ})  # fmt: skip
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     return Working(run, todo, process, time.monotonic())
 
 
@@ -161,7 +162,7 @@ class Queue:
             self._finished += command.cpu_s
             if one.todo[1:]:
                 self.waiting.insert(0, (one.run, one.todo[1:]))
-        elif told:
+        elif told and code in (STOPPED, -signal.SIGTERM):
             self.outcome.stopped = True
         else:
             path = one.run.folder / OUTPUT

@@ -50,7 +50,7 @@ def work(folder: Path, runs: list[Run], *, jobs: int = 2, minutes: float | None 
 
 def options(folder: Path, **changes: object) -> Options:
     settings = {"changes": SHORT, "data": None, "jobs": 2, "seeds": "0", "only": TWO, "minutes": None, "dry_run": False,
-                "report": False, "out": None}  # fmt: skip
+                "report": False, "out": None, "others": ()}  # fmt: skip
     return Options(folder=folder, **(settings | changes))
 
 
@@ -150,7 +150,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, stub, capsys):
     assert run(options(tmp_path)) == 1
     shown = capsys.readouterr()
     assert "failed: mae-seed0: train ended with 1: patchmill: out of luck" in shown.err
-    assert "randsac_square" in shown.out and "untrained randsac" in shown.out and "raw pixels" not in shown.out
+    assert "randsac_square" in shown.out and "untrained randsac vit_p/4" in shown.out and "raw pixels" not in shown.out
     (tmp_path / "mae-seed0" / "fail").unlink()
     assert run(options(tmp_path, jobs=1)) == 0
     assert "raw pixels" in capsys.readouterr().out
@@ -180,7 +180,7 @@ from pipeline.bench import evidence_queue
 from pipeline.bench.evidence_run import Options, run
 evidence_queue.command_line = lambda command: [sys.executable, {stub!r}, *command.words]
 evidence_queue.POLL_S = 0.02
-sys.exit(run(Options({changes!r}, Path({folder!r}), None, 2, "0", ("mae",), None, False, False, None)))
+sys.exit(run(Options({changes!r}, Path({folder!r}), None, 2, "0", ("mae",), None, False, False, None, ())))
 """
 
 
@@ -242,7 +242,7 @@ def scored(folder: Path, scores: dict[str, list[float]]) -> list[Run]:
 def test_the_report_has_means_spreads_and_gains_seed_by_seed(tmp_path):
     runs = scored(tmp_path, {"mae": [30.0, 34.0], "randsac_square": [36.0]})
     found = {row.name: row for row in evidence_report.summarise(tmp_path, runs)}
-    assert list(found) == ["mae", "randsac_square", "untrained mae", "untrained randsac", "raw pixels"]
+    assert list(found) == ["mae", "randsac_square", "untrained mae vit_p/4", "untrained randsac vit_p/4", "raw pixels"]
     mae, square = found["mae"], found["randsac_square"]
     assert (mae.scores["knn"].mean, mae.scores["knn"].spread) == (32.0, 2.0)
     assert mae.scores["linear"].by_seed == {0: 31.0, 1: 35.0}, "of the end of the run, the newest"
@@ -253,20 +253,70 @@ def test_the_report_has_means_spreads_and_gains_seed_by_seed(tmp_path):
     assert mae.images == 20 * 64 and mae.flops == mae.images * mae.flops_per_image and mae.cpu_s is None
 
 
-def test_an_ordering_is_seen_where_all_seeds_agree_and_mixed_where_they_do_not(tmp_path):
+def test_an_ordering_is_seen_where_all_seeds_agree_by_more_than_noise(tmp_path):
     runs = scored(tmp_path, {"randsac_raster": [30.0, 34.0], "randsac_random": [31.0, 36.0], "randsac_square": [30.0, 37.0],
-                             "mae": [32.0]})  # fmt: skip
+                             "randsac_blob": [20.0, 33.0], "mae": [31.0], "pcae_similarity": [50.2, 60.2],
+                             "pcae_random": [50.0, 60.0]})  # fmt: skip
     told = {(one.above, one.below): one for one in evidence_report.orderings(evidence_report.summarise(tmp_path, runs))}
     assert set(told) == {
         ("randsac_random", "randsac_raster"),
         ("randsac_square", "randsac_random"),
         ("randsac_square", "mae"),
+        ("randsac_blob", "randsac_square"),
+        ("pcae_similarity", "pcae_random"),
+        ("pcae_similarity", "mae"),
     }
     assert told["randsac_random", "randsac_raster"].verdict == {"knn": "seen", "linear": "seen", "exact": "seen"}
     assert told["randsac_random", "randsac_raster"].differences["knn"] == {0: 1.0, 1: 2.0}
-    assert told["randsac_square", "randsac_random"].verdict["knn"] == "mixed"
-    assert told["randsac_square", "mae"].verdict["knn"] == "reversed"
+    assert told["randsac_square", "randsac_random"].verdict["knn"] == "open", "the seeds disagree"
+    assert told["pcae_similarity", "pcae_random"].verdict["knn"] == "open", "0.2 points are noise"
+    assert told["randsac_blob", "randsac_square"].verdict["knn"] == "reversed"
+    assert told["randsac_square", "mae"].verdict["knn"] == "open", "a point of one seed is noise"
+    assert told["pcae_similarity", "mae"].verdict["knn"] == "seen"
     assert "knn seen (+1.00, +2.00)" in str(told["randsac_random", "randsac_raster"])
+
+
+def test_scores_of_a_run_of_other_settings_or_of_a_changed_probe_do_not_count(tmp_path):
+    runs = scored(tmp_path, {"mae": [30.0, 34.0]})
+    for one, mask in zip(runs, (0.5, 0.75), strict=True):
+        cfg = load_config([one.row.config], [*one.words[1:], f"method.mask_ratio={mask}"])
+        (one.folder / "config.yaml").write_text(cfg.to_yaml())
+    with (runs[1].folder / "log.jsonl").open("a") as log:
+        log.write(
+            json.dumps({"kind": "eval", "time": 2, "step": 20, "knn_model": 99.0, "changed": {"eval.knn_k": 1}}) + "\n"
+        )
+    found = {row.name: row for row in evidence_report.summarise(tmp_path, runs)}
+    assert found["mae"].scores["knn"].by_seed == {1: 34.0}
+    assert found["untrained mae vit_p/4"].scores["knn"].by_seed == {1: 21.0}
+
+
+def test_each_size_of_encoder_has_an_untrained_one_of_its_own():
+    runs = plan(Path("x"), rows(["randsac_square", "randsac_blob", "cifar10/randsac_vit_s"]), [0])
+    assert [one.others for one in runs] == [("untrained", "pixels"), (), ("untrained",)]
+    assert len({evidence_report.untrained(one.encoder) for one in runs}) == 2
+
+
+def test_two_rows_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.yaml").write_text((ROOT / "configs/evidence/mae.yaml").read_text())
+    chosen = rows([str(tmp_path / folder / "x.yaml") for folder in ("a", "b")], SHORT)
+    with pytest.raises(UserError, match="--only: two rows would be called x"):
+        plan(tmp_path, chosen, [0])
+
+
+def test_cpu_seconds_are_those_of_the_processes_that_trained(tmp_path, monkeypatch):
+    [one] = short_runs(tmp_path, ("mae",))
+    monkeypatch.setattr(Run, "trained", lambda self: True)
+    one.folder.mkdir(parents=True)
+    starts = [{"kind": "start", "time": 1000.0, "step": 0}, {"kind": "resume", "time": 2000.0, "step": 10}]
+    (one.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+    costs = [{"kind": "cost", "run": one.name, "command": "train", "time": end, "wall_s": 100.0, "cpu_s": cpu_s}
+             for end, cpu_s in ((500.0, 1.0), (1050.0, 20.0), (1900.0, 3.0), (2050.0, 40.0))]  # fmt: skip
+    (tmp_path / COSTS).write_text("".join(json.dumps(line) + "\n" for line in costs))
+    assert evidence_report._cpu_s(tmp_path, [one]) == 60.0, "without an earlier folder's, and one that never started"
+    (tmp_path / COSTS).write_text("".join(json.dumps(line) + "\n" for line in costs if line["time"] != 1050.0))
+    assert evidence_report._cpu_s(tmp_path, [one]) is None, "the first was killed"
 
 
 def test_the_report_is_written_as_json_with_a_figure(tmp_path, capsys):
@@ -285,7 +335,7 @@ def test_the_report_is_written_as_json_with_a_figure(tmp_path, capsys):
         "image_sets",
     } <= written.keys()
     assert written["seeds"] == [0, 1] and written["rows"][0]["scores"]["knn"]["by_seed"] == {"0": 30.0, "1": 34.0}
-    assert {row["name"] for row in written["rows"]} >= {"mae", "untrained randsac", "raw pixels"}
+    assert {row["name"] for row in written["rows"]} >= {"mae", "untrained randsac vit_p/4", "raw pixels"}
     assert written["orderings"][0]["verdict"]["knn"] == "seen"
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "32.00 ± 2.00" in capsys.readouterr().out
@@ -320,8 +370,8 @@ def test_the_figure_names_its_axes_and_shows_every_seed(tmp_path):
     assert [label.get_text() for label in by_row.get_yticklabels()] == [
         "mae",
         "randsac_square",
-        "untrained mae",
-        "untrained randsac",
+        "untrained mae vit_p/4",
+        "untrained randsac vit_p/4",
     ]
     points = [line.get_xdata() for line in by_row.lines if line.get_linestyle() == "None"]
     assert [sorted(map(float, x)) for x in points] == [[30.0, 34.0], [35.0, 36.0], [20.0, 21.0], [20.0, 21.0]]
@@ -421,5 +471,5 @@ def test_two_real_rows_through_a_kill_of_the_queue(tmp_path):
         assert trained_steps(tmp_path / f"{name}-seed0") == list(range(1, 21))
     written = json.loads(out.read_text())
     found = {row["name"]: row for row in written["rows"]}
-    assert set(found) == {*TWO, "untrained mae", "untrained randsac", "raw pixels"}
+    assert set(found) == {*TWO, "untrained mae vit_p/4", "untrained randsac vit_p/4", "raw pixels"}
     assert all(len(row["scores"][probe]["by_seed"]) == 1 for row in found.values() for probe in evidence.PROBES)
