@@ -209,7 +209,9 @@ def _status_of(run_dir: Path, records: Sequence[Record]) -> str:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return "RUNNING"
-    turns = [record["kind"] for record in records if record["kind"] in ("start", "resume", "stop")]
+    turns = [record["kind"] for record in records if record["kind"] in ("start", "resume", "stop", "import")]
+    if turns == ["import"]:  # trained elsewhere, to its end
+        return "FINISHED"
     why = run_dir / "why_stopped.json"
     if turns[-1:] != ["stop"] or not why.exists():
         return "KILLED"

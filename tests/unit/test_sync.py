@@ -129,6 +129,7 @@ def test_mistakes_are_one_clear_line(
         (["start", "stop"], {"done": False, "reason": "stopped by SIGTERM"}, True, "RUNNING"),
         (["start"], None, False, "KILLED"),
         ([], None, False, "KILLED"),
+        (["import"], None, False, "FINISHED"),
         (["start", "stop"], {"done": True, "reason": "done"}, False, "FINISHED"),
         (["start", "stop"], {"done": False, "reason": "stopped by SIGTERM"}, False, "KILLED"),
         (["start", "stop"], {"done": False, "reason": "NonFinite: the gradient"}, False, "FAILED"),
