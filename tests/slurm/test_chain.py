@@ -93,3 +93,14 @@ def test_probes_wait_for_a_run_that_is_requeued_and_a_cancel_ends_all(cluster: C
     said = patchmill("cancel", str(run))
     assert f"knn (job {jobs['knn']}) is cancelled" in said and "the newest checkpoint is of step" in said
     assert "cancelled, as train was cancelled" in ends(cluster, run)
+
+
+@pytest.mark.slow
+def test_a_run_is_fine_tuned_by_the_processes_of_a_job_of_its_own(cluster: Cluster, finished: Path) -> None:
+    tune = ["chain.evals=[knn,finetune]", "chain.finetune.processes=2", "chain.finetune.cpus_per_task=1", "chain.finetune.mem=3G",
+            "chain.finetune.time=60", "chain.finetune.settings=[engine/ddp,train.global_batch=16,train.epochs=2]"]  # fmt: skip
+    said = patchmill("chain", *settings(finished.parents[1], "good", *tune))
+    assert "train: left out" in said and "knn: left out" in said
+    said, tuned = ends(cluster, finished), finished / "finetune"
+    assert lines(tuned, "start")[0]["processes"] == 2 and len(lines(tuned, "train")) == 4
+    assert f"done, {lines(tuned, 'eval')[-1]['val_top1']:.2f} % top-1" in said, said
