@@ -15,7 +15,7 @@ from pipeline.config import Config, UserError
 from pipeline.eval_settings import FinetuneConfig
 from pipeline.history import HELDOUT, History, read_folder
 from pipeline.mlflow_run import redact
-from pipeline.runlog import CHANGED, LOG, Record, read_log
+from pipeline.runlog import LOG, Record, read_log
 
 if TYPE_CHECKING:
     from pipeline.runs import Restored
@@ -156,14 +156,13 @@ def _weights_of(name: str) -> str:
     return end if end in (*WEIGHTS, "pixels") else "model"
 
 
-def _results(history: History, records: Sequence[Record], step: int, weights: str) -> str:
+def _results(history: History, step: int, weights: str) -> str:
     """The newest value of each evaluation in the log, of whatever weights, and which of them are of these."""
     last = {name: points[-1] for name, points in sorted(history.points.items())}
     if not last:
         return "None: the run's log has no evaluation."
-    changed = {name: record.get(CHANGED, {}) for record in records if record["kind"] == "eval" for name in record}
     rows = [("held-out pretraining loss" if name == HELDOUT else f"`{name}`", _weights_of(name), f"{at:,}", f"{value:.4g}",
-             ", ".join(f"{key}={_names_only(value)}" for key, value in changed.get(name, {}).items()) or "as above")
+             ", ".join(f"{key}={_names_only(value)}" for key, value in history.changed.get(name, {}).items()) or "as configured")
             for name, (at, value) in last.items()]  # fmt: skip
     own = [f"`{name}`" for name, (at, _) in last.items() if _weights_of(name) == weights and at == step]
     table = _table(("evaluation", "weights", "step", "value", "settings"), rows)
@@ -210,7 +209,7 @@ def model_card(run_dir: Path, restored: "Restored", weights: str) -> str:
         "Training images": origin or _data(run_dir, restored),
         "Configuration": f"<details><summary>{summary}</summary>\n\n```yaml\n{resolved}```\n\n</details>",
         "Compute": origin or _compute(history, records),
-        "Results": _results(history, records, restored.step, weights),
+        "Results": _results(history, restored.step, weights),
         "Limits": "\n".join(f"- {line}" for line in _limits(restored)),
         "Versions": _table(("", ""), [(when, ", ".join(f"{name} {value}" for name, value in known.items()) or "-")
                                       for when, known in versions]),

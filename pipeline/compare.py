@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.asked import FIGURES, require_writable, write_asked
 from pipeline.config import UserError
 from pipeline.equal_compute import at_equal_compute, axis_label, by_step, is_loss, on_gpus
 from pipeline.history import HELDOUT, WINDOW, Floats, History, read_folder, read_mlflow
 from pipeline.mlflow_run import redact
-from pipeline.runlog import LOG, replace_file, to_json
-from pipeline.tracking import resolve_uri
+from pipeline.runlog import LOG, to_json
+from pipeline.tracking import resolve_uri, store_beside
 
 RUN_ID: Final = re.compile(r"[0-9a-f]{32}")
-SUFFIXES: Final = (".png", ".pdf", ".svg")
 PAGES: Final = (".html", ".htm")
 COLUMN: Final = 18  # what a run needs of a terminal's width
 UNKNOWN: Final = "-"
@@ -35,7 +35,7 @@ def stores(uri: str | None, folders: Sequence[Path]) -> list[str]:
     """Where MLflow run ids are looked up: what is named, else by the environment, else beside the run folders."""
     if uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return [resolve_uri(uri or "auto", Path()) or ""]
-    beside = [path.resolve().parent / "mlflow.db" for path in (*folders, Path("run"), Path("runs/run"))]
+    beside = [store_beside(path) for path in (*folders, Path("run"), Path("runs/run"))]
     return list(dict.fromkeys(f"sqlite:///{path}" for path in beside if path.is_file()))
 
 
@@ -183,9 +183,11 @@ def _metric_rows(runs: Sequence[History]) -> Iterator[Row]:
         if not any(name in column for column in columns) and name != "loss":
             continue
         title = TITLES.get(name, name)
-        for which in ("last", "best"):
+        alike = name not in ("loss", HELDOUT) and all(column[name]["last"] == column[name]["best"] for column in columns
+                                                      if name in column)  # fmt: skip
+        for which in ("last",) if alike else ("last", "best"):
             cells = [_score(name, column[name], which) if name in column else UNKNOWN for column in columns]
-            chosen = " (chosen on data.val)" if which == "best" and name.startswith("val_") else ""
+            chosen = " (chosen on data.val)" if which == "best" and name.startswith(("val_", "online_")) else ""
             yield f"{title}, {which}{chosen}", cells
 
 
@@ -207,6 +209,11 @@ def notes(runs: Sequence[History]) -> list[str]:
     ]
     lines.append("at equal compute: as much as the run with the least had, each with its last loss and probes until then; "
                  "FLOPs are of training alone, hours also of what is evaluated meanwhile, not of probes afterwards")  # fmt: skip
+    for name, run in zip(names_of(runs), runs, strict=True):
+        lines += [f"{name}: {probe} was measured with {', '.join(f'{key}={value}' for key, value in settings.items())}"
+                  for probe, settings in run.changed.items()]  # fmt: skip
+    if any(isinstance(run.params.get("method.init"), str) for run in runs):
+        lines.append("what fine-tuning cost is without its pretraining's")
     if any(key.startswith("method.") for key in differing(runs)):
         lines.append("losses of different methods or targets have no common scale: compare probes")
     if not all(run.is_folder for run in runs):
@@ -250,7 +257,7 @@ def to_dict(runs: Sequence[History]) -> dict[str, Any]:
     columns = [_parameters(run) for run in runs]
     parameters = {key: {name: column[key] for name, column in zip(names, columns, strict=True) if key in column}
                   for key in differing(runs)}  # fmt: skip
-    entries = [{"name": name, "run": run.origin, **run.facts, "metrics": metrics(run)}
+    entries = [{"name": name, "run": run.origin, **run.facts, "metrics": metrics(run), "changed": run.changed}
                for name, run in zip(names, runs, strict=True)]  # fmt: skip
     budgets = [{"axis": budget.axis, "amount": budget.amount, "found": {
         measure: {name: {"value": cell[0], "step": cell[1]} for name, cell in zip(names, cells, strict=True) if cell}
@@ -258,45 +265,29 @@ def to_dict(runs: Sequence[History]) -> dict[str, Any]:
     return {"parameters": parameters, "runs": entries, "equal_compute": budgets}
 
 
-def _writable(path: Path, option: str) -> None:
-    """Raises UserError now for what could not be written in the end."""
-    folder = path.parent
-    for wrong, why in ((path.is_dir(), "is a folder"), (not folder.is_dir(), f"there is no folder {folder}"),
-                       (not os.access(folder, os.W_OK), f"no permission in {folder}")):  # fmt: skip
-        if wrong:
-            raise UserError(f"{option} {path}: cannot be written ({why})")
-
-
-def _write(path: Path, data: bytes, option: str) -> None:
-    try:
-        replace_file(path, data)
-    except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written ({error.strerror})") from None
-
-
 def compare(names: Sequence[str], uri: str | None, out: Path | None, json_file: Path | None,
             html: Path | None = None) -> None:  # fmt: skip
     """Print the runs side by side; ``out`` gets a figure, ``html`` a page, ``json_file`` all as numbers. Raises UserError."""
-    for option, path, suffixes in (("--out", out, SUFFIXES), ("--html", html, PAGES), ("--json", json_file, ())):
-        if path is not None:
-            if suffixes and path.suffix.lower() not in suffixes:
-                raise UserError(f"{option} {path}: name a {', '.join(suffixes)} file")
-            _writable(path, option)
+    require_writable(out, "--out", FIGURES)
+    require_writable(html, "--html", PAGES)
+    require_writable(json_file, "--json")
+    if html is not None and html == json_file:
+        raise UserError(f"--html, --json: are both {html}; name two files")
     runs = read_runs(names, uri)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=10_000)
     show(runs, console)
     if json_file is not None:
-        _write(json_file, to_json(to_dict(runs), indent=1).encode() + b"\n", "--json")
+        write_asked(json_file, to_json(to_dict(runs), indent=1).encode() + b"\n", "--json")
     if out is not None:
         from pipeline.compare_figure import draw, encode
 
-        _write(out, encode(draw(runs, names_of(runs)), out.suffix.lower()), "--out")
+        write_asked(out, encode(draw(runs, names_of(runs)), out.suffix.lower()), "--out")
         console.print(Text(f"drawn in {out}"))
     if html is not None:
         from pipeline.compare_page import page
 
         names = names_of(runs)
-        _write(html, page(runs, names, tables(runs), notes(runs)).encode(), "--html")
+        write_asked(html, page(runs, names, tables(runs), notes(runs)).encode(), "--html")
         console.print(Text(f"a page is in {html}"))

@@ -30,6 +30,12 @@ OF_CLASSIFIERS: Final = {"top1": TOP1, "top5": "top-5 %", "loss": "cross-entropy
 Style = dict[str, Any]
 
 
+def _marker(number: int) -> Style:
+    """Of a series; hollow from the second round on."""
+    hollow = number // len(MARKERS) % 2 == 1
+    return {"marker": MARKERS[number % len(MARKERS)], "ms": 5, **({"mfc": "white"} if hollow else {})}
+
+
 @dataclass(frozen=True)
 class Measure:
     """What one y axis shows. ``series``: of each marker its label and the names of its points; of the loss there are none."""
@@ -99,8 +105,7 @@ def _series(axes: Axes, run: History, axis: str, style: Style, measure: Measure)
     for number, (label, names) in enumerate(measure.series):
         steps, values = _points(run, names)
         if len(steps):
-            axes.plot(place(run, axis, steps), values, **style, lw=1.2, marker=MARKERS[number % len(MARKERS)], ms=5,
-                      zorder=3, gid=label)  # fmt: skip
+            axes.plot(place(run, axis, steps), values, **style, **_marker(number), lw=1.2, zorder=3, gid=label)  # fmt: skip
 
 
 def _limits(runs: Sequence[History], measure: Measure) -> tuple[float, float, bool] | None:
@@ -181,7 +186,7 @@ def panel(axes: Axes, measure: Measure, axis: str, runs: Sequence[History], name
 def markers_of(measure: Measure, runs: Sequence[History]) -> list[tuple[str, Style]]:
     """What the lines of a measure mean beside the runs' colours: (label, style)."""
     if measure.series:
-        return [(label, {"ls": "-", "marker": MARKERS[number % len(MARKERS)], "ms": 5})
+        return [(label, {"ls": "-", **_marker(number)})
                 for number, (label, _) in enumerate(measure.series)]  # fmt: skip
     heldout = any(HELDOUT in run.points for run in runs)
     return [("held-out loss", {"ls": "--", "marker": "o", "ms": 3, "mfc": "white"})] if heldout else []

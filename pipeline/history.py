@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pipeline.config import Config, ConfigError, UserError, flatten, load_config, read_yaml
 from pipeline.estimate import flops_per_image
 from pipeline.mlflow_run import KEY_TAG, STATE, brief, is_training, prepare_mlflow, redact
-from pipeline.runlog import DISCARDED, LOG, Record, read_log
+from pipeline.runlog import CHANGED, DISCARDED, LOG, Record, read_log
 
 CONFIG, WHY = "config.yaml", "why_stopped.json"
 STARTS: Final = ("start", "resume")
@@ -64,7 +64,8 @@ class History:
     """A run. Arrays have an entry a step that counts, NaN where nothing is known; ``facts`` has None there.
 
     ``labels``: names, the shortest first; ``origin``: where it was read; ``key``: what finds it in MLflow.
-    ``points``: of held-out loss and probes by name, (step, value) in the order of the log.
+    ``points``: of held-out loss and probes by name, (step, value) in the order of the log. ``changed``: by name, the settings in
+    which the newest was measured otherwise than the run says, where there are any.
     """
 
     labels: tuple[str, ...]
@@ -78,6 +79,7 @@ class History:
     flops: Floats
     hours: Floats
     points: dict[str, list[tuple[int, float]]]
+    changed: dict[str, dict[str, Any]]
     facts: dict[str, Any]
 
 
@@ -144,6 +146,11 @@ def _points(kept: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
     return points
 
 
+def _changed(kept: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    newest = {name: record.get(CHANGED, {}) for record in kept if record["kind"] == "eval" for name in record}
+    return {name: settings for name, settings in newest.items() if settings and name not in (*NO_SCORES, CHANGED)}
+
+
 def _history(labels: tuple[str, ...], origin: str, key: str | None, params: dict[str, Any], cfg: Config | None,
              records: Sequence[Record], gone: Sequence[Record], ended: str | None, mlflow: str | None, *,
              is_folder: bool) -> History:  # fmt: skip
@@ -173,7 +180,7 @@ def _history(labels: tuple[str, ...], origin: str, key: str | None, params: dict
         "ended": ended, "mlflow": mlflow,
     }  # fmt: skip
     return History(labels, origin, is_folder, key, params, steps, _column(lines, "loss"), images, images * each,
-                   process_hours(parts, _column(lines, "time")), _points(kept), facts)  # fmt: skip
+                   process_hours(parts, _column(lines, "time")), _points(kept), _changed(kept), facts)  # fmt: skip
 
 
 def read_folder(folder: Path) -> History:
@@ -210,8 +217,11 @@ def _object(path: Path) -> Record:
 
 def _records(path: Path) -> list[Record]:
     records = read_log(path)
-    if not all(isinstance(record, dict) and {"kind", "time"} <= record.keys() for record in records):
-        raise UserError(f"{path} is not the log of a run: it has lines without kind and time")
+    if not all(isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("time"), int | float)
+               and isinstance(record.get("step", 0), int) for record in records):  # fmt: skip
+        raise UserError(
+            f"{path} is not the log of a run: it has lines without kind and time, or whose step is no number"
+        )
     return records
 
 

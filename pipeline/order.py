@@ -53,7 +53,7 @@ class Plan:
         try:
             per_epoch = steps_per_epoch(num_samples, cfg.train.global_batch)
         except ValueError as error:
-            raise UserError(f"train.global_batch = {cfg.train.global_batch}: {error}") from None
+            raise UserError(f"train.global_batch = {cfg.train.global_batch}: {error}; lower it") from None
         total = cfg.train.steps or per_epoch * (cfg.train.epochs or 0)
         warmup = cfg.optim.warmup_steps or per_epoch * (cfg.optim.warmup_epochs or 0)
         if warmup >= total:

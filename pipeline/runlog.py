@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.config import UserError
+from pipeline.config import RunFailed, UserError
 
 LOG, DISCARDED = "log.jsonl", "log.discarded.jsonl"
 CHANGED: Final = "changed"  # in an eval line: the settings in which the evaluation differed from the run
@@ -70,11 +70,15 @@ def _whole_lines(path: Path) -> tuple[list[bytes], bytes]:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, also when the machine loses power. Raises OSError."""
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -113,8 +117,13 @@ class RunLog:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if not was_waiting:
-                log.error("%s: %s; lines wait in memory, training goes on", self._path, error.strerror)
+                log.error("%s: %s; lines wait in memory", self._path, error.strerror)
         self._waiting = data
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are lines that the disk had no room for."""
+        return bool(self._waiting)
 
     def close(self) -> None:
         """Close the file; lines that still wait for the disk are tried once more."""
@@ -128,6 +137,16 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
+
+
+def add_line(path: Path, kind: str, *, mends: bool = True, **fields: Any) -> None:
+    """Append one line, by a process that does not train. Raises RunFailed, with the line, where the disk is full."""
+    with RunLog(path, mends=mends) as run_log:
+        record = run_log.write(kind, **fields)
+    if run_log.waiting:
+        raise RunFailed(
+            f"{path}: no space left on the disk for the line {to_json(record)}; make room, then call it again"
+        )
 
 
 def read_whole(path: Path) -> tuple[list[Record], int]:

@@ -37,6 +37,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
     except FileNotFoundError:
         return None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         log.warning("%s is damaged (%s): computing it again", path, error)
         return None

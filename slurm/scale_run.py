@@ -42,9 +42,9 @@ def scale(settings: Sequence[str], choice: Choice, out: Path | None, *, wait: bo
     """
     from rich.console import Console
 
-    from pipeline.bench.report import check_out
+    from pipeline.asked import require_writable
 
-    check_out(out)
+    require_writable(out, "--out")
     if choice.steps < choice.first + INTERVAL - 1:
         raise UserError(f"--steps {choice.steps}: leaves nothing to measure after --warmup {choice.warmup}; set it to "
                         f"{choice.first + INTERVAL - 1} or more")  # fmt: skip

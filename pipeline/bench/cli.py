@@ -20,10 +20,11 @@ def _measure(
     name: str, unit: str, out: Path | None, work: Callable[[Callable[[int, int], None]], Sequence[Any]], **facts: str
 ) -> Sequence[Any]:
     """Rows of ``work``, which is given where to say how far it is; printed, and written with ``facts`` where ``out`` names."""
-    from pipeline.bench.report import check_out, write_report
+    from pipeline.asked import require_writable
+    from pipeline.bench.report import write_report
     from pipeline.metrics import Progress
 
-    check_out(out)
+    require_writable(out, "--out")
     with Progress(f"bench {name}", None, unit) as progress:
         rows = work(progress.update)
     for row in rows:

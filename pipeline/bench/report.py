@@ -14,15 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.config import UserError
+from pipeline.asked import write_asked
 
 PACKAGES: Final = ("torch", "deepspeed", "torchvision", "timm", "ffcv", "opencv-python", "pillow")
-
-
-def check_out(path: Path | None) -> None:
-    """Raises UserError when a report cannot be written there: to be known before minutes of measuring."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"--out {path}: no file can be written there; name a file in a folder that exists")
 
 
 def _cpu_model() -> str:
@@ -53,4 +47,4 @@ def write_report(path: Path, rows: Sequence[Any], **facts: Any) -> None:
         "versions": {"python": platform.python_version(), **_versions()},
         "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_asked(path, (json.dumps(report, indent=2) + "\n").encode(), "--out")

@@ -66,15 +66,15 @@ def evaluate(session: "Session", name: Name, ks: Sequence[int] = ()) -> ProbeRep
 
     ``ks``: further numbers of neighbours than ``eval.knn_k``.
     """
-    from pipeline.runlog import CHANGED, RunLog
+    from pipeline.runlog import CHANGED, LOG, add_line
     from pipeline.runs import is_training
 
     report = _trained(session, name) if name in ("linear_mae", "attentive") else _on_features(session, name, ks)
     if report is not None:
         # A line that training is writing this moment is not one that a kill cut off.
-        with RunLog(session.run_dir / "log.jsonl", mends=not is_training(session.run_dir)) as log:
-            changed = session.changed()
-            log.write("eval", step=report.step, **report.record(), **({CHANGED: changed} if changed else {}))
+        changed = session.changed()
+        add_line(session.run_dir / LOG, "eval", mends=not is_training(session.run_dir), step=report.step, **report.record(),
+                 **({CHANGED: changed} if changed else {}))  # fmt: skip
     return report
 
 

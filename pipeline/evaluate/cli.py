@@ -104,7 +104,7 @@ def finetune(
 ) -> None:
     """Train all of a run's encoder with labels, and say how often it is right about data.val. Goes on where it was stopped.
 
-    It is a run like any other: with any engine, under torchrun or srun, for `status`, `compare` and `export`.
+    It is a run like any other: with any engine, under torchrun or srun, for `submit`, `compare` and `export`.
 
     Example: patchmill eval finetune runs/pcae method.drop_ratio=0.2 train.epochs=50
     """
@@ -136,9 +136,14 @@ def compression(
 
     Example: patchmill eval compression runs/pcae/finetune --ratio 0 --ratio 0.2 --ratio 0.4
     """
-    from pipeline.evaluate.compression import compression
+    from pipeline.asked import FIGURES, require_writable
+    from pipeline.evaluate.compression import compression, draw
 
-    typer.echo(str(compression(run, ratio or [0, 0.1, 0.2, 0.3, 0.4], weights.value, out)))
+    require_writable(out, "--out", FIGURES)
+    report = compression(run, ratio or [0, 0.1, 0.2, 0.3, 0.4], weights.value)
+    typer.echo(str(report))
+    if out is not None:
+        draw(report, out)
 
 
 @evaluate.command()

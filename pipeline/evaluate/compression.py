@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.asked import write_asked
+from pipeline.check import require_same_classes
 from pipeline.config import Config, UserError
 from pipeline.estimate import flops_per_image
 from pipeline.eval_settings import FinetuneConfig
 from pipeline.evaluate.accuracy import count
 from pipeline.metrics import Progress, device_name
+from pipeline.runlog import LOG, add_line
 from pipeline.runs import is_training, open_images, restore
-from pipeline.tracking import RunLog
 from pipeline.vit import normalise
 
 TIMED: Final = 5  # batches; the median counts
@@ -63,10 +65,8 @@ def at_ratio(cfg: Config, ratio: float) -> Config:
     return changed
 
 
-def compression(
-    run_dir: Path, ratios: Sequence[float], weights: str = "model", out: Path | None = None
-) -> CompressionReport:
-    """Test a fine-tuned run's classifier on data.val at each ratio; writes an eval line to its log and, to ``out``, a figure.
+def compression(run_dir: Path, ratios: Sequence[float], weights: str = "model") -> CompressionReport:
+    """Test a fine-tuned run's classifier on data.val at each ratio; writes an eval line to its log.
 
     Raises UserError for a run that is no fine-tuning, has no checkpoint or no validation images, or for a ratio that
     leaves no patch.
@@ -89,7 +89,12 @@ def compression(
         return classify(method.encoder, normalise(images), None, drops, ratio)[0]
 
     correct, seconds = dict.fromkeys(settings, 0), {ratio: list[float]() for ratio in settings}
+    if cfg.data.train is not None and Path(cfg.data.train).exists():  # it need not be there any more
+        require_same_classes(cfg)
     with contextlib.closing(open_images(cfg, "val", augment=False)) as loader, torch.inference_mode():
+        if loader.num_classes != cfg.method.num_classes:
+            raise UserError(f"data.val = {cfg.data.val}: has {loader.num_classes} classes, the classifier "
+                            f"{cfg.method.num_classes}; give images of its training's classes")  # fmt: skip
         ids, size = np.arange(loader.num_samples), cfg.eval.batch_size
         order = ((0, ids[start : start + size]) for start in range(0, len(ids), size))
         with loader.batches(order, device) as batches, Progress("eval compression", len(ids), "image") as progress:
@@ -107,10 +112,8 @@ def compression(
     rows = [Row(ratio, flops_per_image(at_ratio(cfg, ratio)).forward / 2e9, 100 * correct[ratio] / len(ids),
                 1 / statistics.median(seconds[ratio])) for ratio in settings]  # fmt: skip
     report = CompressionReport(rows, cfg.method.drop_ratio, len(ids), device_name(device))
-    with RunLog(run_dir / "log.jsonl", mends=not is_training(run_dir)) as log:
-        log.write("eval", step=restored.step, weights=weights, compression=[asdict(row) for row in rows])
-    if out is not None:
-        _draw(report, out)
+    add_line(run_dir / LOG, "eval", mends=not is_training(run_dir), step=restored.step, weights=weights,
+             compression=[asdict(row) for row in rows])  # fmt: skip
     return report
 
 
@@ -120,8 +123,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _draw(report: CompressionReport, out: Path) -> None:
+def draw(report: CompressionReport, out: Path) -> None:
+    """Accuracy against multiply-adds, as a picture. Raises UserError where it cannot be written."""
     from matplotlib.figure import Figure
+
+    from pipeline.compare_figure import encode
 
     figure = Figure(figsize=(5, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -134,8 +140,4 @@ def _draw(report: CompressionReport, out: Path) -> None:
     axes.set_ylabel(f"top-1 on {report.num_images} images, %")
     axes.set_title(f"tokens dropped at inference; fine-tuned with {report.trained:g}", fontsize=9)
     axes.margins(x=0.12)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out {out}: cannot be written: {error}") from None
+    write_asked(out, encode(figure, out.suffix.lower()), "--out")

@@ -1,5 +1,6 @@
 """What the probes see: feature vectors of each image, of a frozen encoder or raw pixels, and a file to keep them in."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.config import UserError
@@ -19,6 +21,7 @@ from pipeline.metrics import Progress
 from pipeline.tensors import read_tensors, replace_tensors
 from pipeline.vit import VisionTransformer, normalise
 
+log = logging.getLogger("patchmill")
 ALONE = World()
 LAST_BLOCKS = 4
 CONTENT = "mean cls last4"  # what ``extract`` makes: a cache file that says otherwise, or nothing, is another version's
@@ -155,7 +158,10 @@ def cached(path: Path, key: Mapping[str, str], compute: Callable[[], Features], 
         return Features(tensors.pop("features"), tensors.pop("labels"), tensors)
     made = compute()
     if world.is_main:
-        replace_tensors({"features": made.features, "labels": made.labels, **made.others}, path, key)
+        try:
+            replace_tensors({"features": made.features, "labels": made.labels, **made.others}, path, key)
+        except (OSError, SafetensorError) as error:  # they are only kept to save time
+            log.warning("%s cannot be written (%s): the next probe computes the features again", path, error)
     return made
 
 

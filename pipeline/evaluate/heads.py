@@ -5,6 +5,7 @@ The head is chosen on a tenth of the training images that no head is trained on;
 It is not trained again on all of them: what is tested is the very head that was chosen.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from pipeline.evaluate.features import Features, check_probe
 from pipeline.evaluate.linear import standardiser
 from pipeline.order import epoch_permutation
 
+log = logging.getLogger("patchmill")
 MOMENTUM = 0.9
 HOLD_OUT = 10  # one image in so many
+FEW = 50  # held-out images: heads are equal by chance
 CHUNK = 4096  # images at a time: bounds the memory of all heads' logits
 
 
@@ -121,6 +124,8 @@ def heads_accuracy(
     for pooling, x in inputs.items():
         check_probe(Features(x, train.labels), Features(tested[pooling], test.labels), num_classes)
     fitted, held = (ids.to(train.labels.device) for ids in split(len(train.labels), seed))
+    if len(held) < FEW:
+        log.warning("the head is chosen by %d images only; --exact needs no choice", len(held))
     scales = {pooling: standardiser(x[fitted]) for pooling, x in inputs.items()}
     inputs = {pooling: (x - scales[pooling][0]) / scales[pooling][1] for pooling, x in inputs.items()}
     weights = train_heads({pooling: x[fitted] for pooling, x in inputs.items()}, train.labels[fitted],

@@ -18,7 +18,7 @@ from pipeline.config import UserError, load_config
 from pipeline.engine.torch import TorchEngine
 from pipeline.eval_settings import FinetuneConfig
 from pipeline.evaluate.accuracy import Accuracy, count
-from pipeline.evaluate.compression import compression
+from pipeline.evaluate.compression import compression, draw
 from pipeline.evaluate.finetune import choose_source, start_from
 from pipeline.evaluate.recipe import finetune_config
 from pipeline.launch import World
@@ -188,7 +188,8 @@ def test_what_cannot_be_fine_tuned_is_refused(pretrained, tuned, tmp_path):
 
 
 def test_compression_tells_accuracy_and_cost_and_at_its_own_ratio_what_training_did(tuned, tmp_path):
-    report = compression(tuned, [0.2, 0.0, 0.4], "model", tmp_path / "figure.png")
+    report = compression(tuned, [0.2, 0.0, 0.4], "model")
+    draw(report, tmp_path / "figure.png")
     by_ratio = {row.ratio: row for row in report.rows}
     assert by_ratio[0.2].top1 == pytest.approx(lines(tuned, "eval")[2]["val_top1"])
     assert by_ratio[0.0].gmacs > by_ratio[0.2].gmacs > by_ratio[0.4].gmacs > 0
@@ -197,6 +198,10 @@ def test_compression_tells_accuracy_and_cost_and_at_its_own_ratio_what_training_
     assert told == {ratio: row.top1 for ratio, row in by_ratio.items()}
     with pytest.raises(UserError, match=r"method.drop_ratio = 0.99"):
         compression(tuned, [0.99])
+    other = Path(shutil.copytree(tuned, tmp_path / "other"))
+    (other / "config.yaml").write_text(load_config([other / "config.yaml"], ["data.num_classes=7"]).to_yaml())
+    with pytest.raises(UserError, match="has 7 classes, the classifier 10"):
+        compression(other, [0.0])
 
 
 class Counting:

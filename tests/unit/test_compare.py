@@ -299,8 +299,18 @@ def test_the_least_loss_is_the_best_and_of_two_probes_of_a_step_the_latest_count
     assert (found["knn_model"]["best"], found["knn_model"]["last"]) == (60.0, 60.0)
     other = write("other", [turn("start", 0, 0), *steps(1, 6, 10)])
     output = CliRunner().invoke(app, ["compare", str(run), str(other)]).output
-    assert row(output, "val_loss, best (chosen on data.val)") == ["1 (4)", "-"]
-    assert row(output, "knn_model, best") == ["60.00 (4)", "-"]
+    assert row(output, "val_loss_ema, best (chosen on data.val)") == ["1.5 (2)", "-"]
+    assert row(output, "knn_model, last") == ["60.00 (4)", "-"] and "knn_model, best" not in output, "it is the same"
+
+
+def test_a_probe_of_changed_settings_is_told_below_the_tables(write: Write, tmp_path: Path) -> None:
+    changed = note(30, 6, knn_model=70.0) | {"changed": {"eval.knn_k": 3}}
+    one = write("one", [turn("start", 0, 0), *steps(1, 6, 10), note(20, 6, linear_model=5.0), changed])
+    two = write("two", [turn("start", 0, 0), *steps(1, 6, 10), changed, note(31, 6, knn_model=60.0)])
+    output = CliRunner().invoke(app, ["compare", str(one), str(two), "--json", str(tmp_path / "a.json")]).output
+    assert "one: knn_model was measured with eval.knn_k=3" in output and output.count("was measured with") == 1
+    runs = json.loads((tmp_path / "a.json").read_text())["runs"]
+    assert [run["changed"] for run in runs] == [{"knn_model": {"eval.knn_k": 3}}, {}]
 
 
 def test_what_was_rolled_back_is_no_best_held_out_loss(write: Write) -> None:
@@ -359,6 +369,13 @@ def test_the_same_in_json(resumed: Path, rolled_back: Path, tmp_path: Path) -> N
     assert (other["name"], other["rollbacks"], other["ended"]) == ("back", 1, "done")
 
 
+def test_a_log_whose_lines_are_of_other_types_is_none(write: Write) -> None:
+    wrong = {"kind": "train", "time": None}, {"kind": "train", "time": 1, "step": "x"}, {"kind": 1, "time": 1}
+    for number, line in enumerate(wrong):
+        with pytest.raises(UserError, match="is not the log of a run"):
+            read_folder(write(f"run{number}", [line]))
+
+
 def test_names_tell_the_runs_apart(write: Write) -> None:
     folders = [write(name, []) for name in ("a/mae", "b/mae", "b/pcae")]
     assert names_of([read_folder(folder) for folder in folders]) == ["a/mae", "b/mae", "pcae"]
@@ -408,7 +425,7 @@ def test_a_figure_that_cannot_be_written_in_the_end(resumed: Path, rolled_back: 
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.compare.replace_file", full)
+    monkeypatch.setattr("pipeline.asked.replace_file", full)
     result = CliRunner().invoke(app, ["compare", str(resumed), str(rolled_back), "--out", str(tmp_path / "a.png")])
     assert str(result.exception) == f"--out {tmp_path / 'a.png'}: cannot be written (No space left on device)"
 

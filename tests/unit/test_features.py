@@ -235,3 +235,15 @@ def test_usable_features_pass() -> None:
     one_constant_column = some().features.index_fill(1, torch.tensor([2]), 5.0)
     check_probe(broken(features=one_constant_column), some(), 3)
     check_probe(some(), broken(labels=torch.zeros(6, dtype=torch.int64)), 3)  # one class only in the test set is fine
+
+
+@pytest.mark.parametrize("how", ["a file for a folder", "a folder for a file"])
+def test_features_that_cannot_be_kept_are_there_all_the_same(how, tmp_path, caplog):
+    path = tmp_path / "features" / "a.safetensors"
+    if how == "a file for a folder":
+        path.parent.write_text("")
+    else:
+        path.mkdir(parents=True)
+    made = Features(torch.ones(2, 3), torch.arange(2))
+    found = cached(path, {"a": "b"}, lambda: made)
+    assert torch.equal(found.features, made.features) and "cannot be written" in caplog.text

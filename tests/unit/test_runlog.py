@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import runlog
-from pipeline.config import UserError
-from pipeline.runlog import DISCARDED, LOG, RunLog, discard_after, read_log
+from pipeline.config import RunFailed, UserError
+from pipeline.runlog import DISCARDED, LOG, RunLog, add_line, discard_after, read_log, replace_file
 
 
 def write_steps(folder: Path, first: int, last: int) -> None:
@@ -212,3 +213,22 @@ def test_another_error_of_the_disk_is_raised(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(OSError, match="Input/output"):
             run_log.write("train", step=1)
     run_log.close()
+
+
+def test_a_line_that_the_disk_has_no_room_for_is_told_whole_and_no_success(tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    add_line(tmp_path / "log.jsonl", "eval", step=1, knn_model=50.0)
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match='no space left.*"knn_model": 75.0'):
+        patch.setattr(os, "write", full)
+        add_line(tmp_path / "log.jsonl", "eval", step=2, knn_model=75.0)
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1]
+
+
+def test_a_file_that_is_not_replaced_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("old")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        replace_file(tmp_path / "a.json", b"new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

@@ -294,7 +294,7 @@ def test_the_recipes_learn_and_choose(run_dir: Path, write_config: Callable[...,
     best = max(score for scores in report.heads.held_out.values() for score in scores)
     assert report.heads.held_out[report.heads.pooling][report.heads.lrs.index(report.heads.lr)] == best
     names = {name for line in read_log(run_dir / "log.jsonl") for name in line}
-    assert names == {"kind", "time", "step", "linear_mae_untrained", "attentive_untrained"}
+    assert names == {"kind", "time", "step", "linear_mae_untrained", "attentive_untrained", "changed"}
 
 
 def test_the_held_out_tenth_is_not_trained_on(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +346,7 @@ BAD = [
     ("knn", ["eval.knn_q=3"], "did you mean eval.knn_k"),
     ("knn", ["eval.mae.batchs=3"], "eval.mae.batchs"),
     ("knn", ["eval.label_fraction=0"], "eval.label_fraction"),
-    ("knn", ["eval.knn_k=38"], "eval.knn_k=38 is more than the 37 training images"),
+    ("knn", ["eval.knn_k=38"], "eval.knn_k or --k = 38: is more than the 37 training images"),
     ("knn", ["data.loader=ffcv", "data.train=nowhere.beton", "data.val=nowhere.beton"], "nowhere.beton"),
 ]  # fmt: skip
 
