@@ -155,7 +155,9 @@ def _failures() -> tuple[type[BaseException], ...]:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason in one line."""
+    """The innermost reason in one line. Raises KeyboardInterrupt where that is it: DCP makes a failure of Ctrl-C too."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
     failures = getattr(error, "failures", None)  # DCP's exception keeps each rank's failure
     inner = next(iter(failures.values()), None) if failures else None
     if isinstance(inner, tuple):

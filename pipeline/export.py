@@ -1,5 +1,6 @@
 """The encoder for other programs: safetensors under timm's parameter names, alone or as a folder for timm's hub loader."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,15 +103,19 @@ def export(run_dir: Path, out: Path, weights: str = "model") -> ExportReport:
     tensors = {key: value.contiguous() for key, value in encoder.state_dict().items()}
     require_whole(tensors, name, kwargs)
     card = None if out.suffix == SUFFIX else model_card(run_dir, restored, weights)
+    partial = out.with_name(f".{out.name}.partial")  # what is cut off must not stand in the way of the next try
     try:
         if card is None:
             out.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(tensors, out, metadata)
         else:
-            out.mkdir(parents=True, exist_ok=True)
-            save_tensors(tensors, out / "model.safetensors", metadata)
-            _write_config(out / "config.json", cfg, name, kwargs)
-            (out / "README.md").write_text(card)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_tensors(tensors, partial / "model.safetensors", metadata)
+            _write_config(partial / "config.json", cfg, name, kwargs)
+            (partial / "README.md").write_text(card)
+            partial.rename(out)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{out}: cannot be written: {error}") from None
     return ExportReport(out, name, kwargs)

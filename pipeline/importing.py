@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import re
 import warnings
 import zipfile
@@ -18,7 +19,7 @@ from pipeline.config import Config, UserError
 from pipeline.costs import MODELS
 from pipeline.methods import build_method
 from pipeline.methods.mae import MAE, PUBLIC_DECODER, load_public
-from pipeline.runlog import LOG, RunLog
+from pipeline.runlog import LOG, add_line
 from pipeline.runs import open_run
 
 PROGRAM: Final = "facebookresearch/mae"
@@ -66,6 +67,10 @@ def _read(file: Path) -> dict[str, Tensor]:
     weights = loaded.get("model") if isinstance(loaded, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{file}: no checkpoint of {PROGRAM}: it has no weights in an entry 'model'")
+    for name, value in weights.items():
+        dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+        if not isinstance(name, str) or not dense or not value.is_floating_point() or not value.isfinite().all():
+            raise UserError(f"{file}: no checkpoint of {PROGRAM}: {name} is no tensor of finite floats")
     return weights
 
 
@@ -78,7 +83,7 @@ def _looks_like(weights: Mapping[str, Tensor]) -> str:
     width, side = len(patch), patch.shape[-1]
     known = [name for name, shape in MODELS.items() if (shape.width, shape.depth) == (width, depth)]
     name = known[0] if known else f"an encoder of {depth} blocks, {width} wide"
-    return f"{name}, patches of {side} px, images of {round((positions.shape[1] - 1) ** 0.5) * side} px"
+    return f"{name}, patches of {side} px, images of {math.isqrt(max(0, positions.shape[1] - 1)) * side} px"
 
 
 def _positions(method: MAE, ours: Mapping[str, Tensor]) -> list[str]:
@@ -128,7 +133,8 @@ def import_mae(file: Path, cfg: Config) -> ImportReport:
             f"method.name = {cfg.method.name}: weights of {PROGRAM} are mae's; start from imagenet/mae_vit_b or its like"
         )
     if checkpoint.candidates(folder / "checkpoints") or (folder / LOG).exists():
-        raise UserError(f"run.dir = {folder}: holds a run already; import into another folder")
+        rest = "" if (folder / LOG).exists() else ", without a log: an import that was cut off? Then remove the folder"
+        raise UserError(f"run.dir = {folder}: holds a run already{rest}; import into another folder")
     method, notes = _filled(file, cfg)
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -142,6 +148,5 @@ def import_mae(file: Path, cfg: Config) -> ImportReport:
                                 {"imported": imported, "config": cfg.model_dump(mode="json")})  # fmt: skip
         except checkpoint.CheckpointError as error:
             raise UserError(str(error)) from None
-        with RunLog(folder / LOG) as log:
-            log.write("import", step=0, **imported)
+        add_line(folder / LOG, "import", step=0, **imported)
     return ImportReport(folder, file, sha256, tuple(notes))

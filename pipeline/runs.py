@@ -29,6 +29,7 @@ log = logging.getLogger("patchmill")
 
 CONFIG = "config.yaml"
 WHY = "why_stopped.json"
+LOOKS = 5  # for a checkpoint that stays while we read it
 
 
 def read_config(run_dir: Path) -> Config:
@@ -174,9 +175,6 @@ def restore(run_dir: Path, weights: str = "model") -> Restored:
     method = build_method(cfg)
     if weights == "untrained":
         return Restored(cfg, method, None, 0, f"seed {cfg.train.seed}")
-    path = checkpoint.choose(run_dir / "checkpoints")
-    if path is None:
-        raise UserError(f"{run_dir} holds no checkpoint yet; train it first: patchmill train {run_dir / CONFIG}")
     tensors = {f"model.{name}": parameter.detach() for name, parameter in method.named_parameters()}
     own, twin = dict(method.encoder.named_parameters()), method.build_teacher()
     teacher = twin.to_empty(device="cpu") if twin is not None else None
@@ -184,10 +182,7 @@ def restore(run_dir: Path, weights: str = "model") -> Restored:
         tensors |= {f"ema.encoder.{n}": p.detach() for n, p in teacher.named_parameters() if own[n].requires_grad}
     elif weights == "ema":
         raise UserError(f"{run_dir}: {cfg.method.name} keeps no average of its weights; use the model's")
-    try:
-        checkpoint.load(path, tensors)
-    except checkpoint.CheckpointError as error:
-        raise UserError(str(error)) from None
+    identity, state = _filled(run_dir, tensors)
     if teacher is not None:
         with torch.no_grad():
             for name, parameter in teacher.named_parameters():
@@ -195,6 +190,26 @@ def restore(run_dir: Path, weights: str = "model") -> Restored:
                     parameter.copy_(own[name])
                 elif weights == "ema":
                     own[name].copy_(parameter)
-    identity = hashlib.sha256((path / checkpoint.SEAL).read_bytes()).hexdigest()
-    state = checkpoint.read_state(path)
     return Restored(cfg, method, teacher, int(state["step"]), f"{weights} {identity}", state)
+
+
+def _filled(run_dir: Path, tensors: dict[str, torch.Tensor]) -> tuple[str, Mapping[str, Any]]:
+    """Fill ``tensors`` from the newest whole checkpoint; its seal's hash and its state. Raises UserError.
+
+    A run that trains meanwhile removes old checkpoints: one that went away under us is none, and we look again.
+    """
+    folder, looks = run_dir / "checkpoints", LOOKS
+    while True:
+        there = checkpoint.candidates(folder)
+        try:
+            path = checkpoint.choose(folder)
+            if path is None:
+                raise UserError(
+                    f"{run_dir} holds no checkpoint yet; train it first: patchmill train {run_dir / CONFIG}"
+                )
+            checkpoint.load(path, tensors)
+            return hashlib.sha256((path / checkpoint.SEAL).read_bytes()).hexdigest(), checkpoint.read_state(path)
+        except (checkpoint.CheckpointError, UserError, OSError) as error:
+            looks -= 1
+            if not looks or checkpoint.candidates(folder) == there:
+                raise UserError(str(error)) from None

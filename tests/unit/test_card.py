@@ -1,10 +1,12 @@
 """The folder that export writes: timm's hub loader takes it, and its card says what is known, what is not, and no secret."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -145,10 +147,11 @@ def test_the_card_says_what_is_known(runs: Mapping[str, Path], tmp_path: Path) -
             "precision": "bf16", "restarts": "0", "device": "NVIDIA X100"}  # fmt: skip
     for name, value in rows.items():
         assert f"| {name} | {value} |" in sections["Compute"]
-    for row in ("held-out pretraining loss | model | 20 | 0.625 | as above",
+    for row in ("held-out pretraining loss | model | 20 | 0.625 | as configured",
                 "`knn_model` | model | 20 | 22.25 | eval.knn_k=3, data.val=other.beton",
-                "`knn_untrained` | untrained | 0 | 9.75 | as above", "`linear_heads_model` | model | 10 | 44.5 | as above",
-                "`val_top1` | model | 20 | 31.5 | as above", "`val_top1_ema` | ema | 20 | 32.5 | as above"):  # fmt: skip
+                "`knn_untrained` | untrained | 0 | 9.75 | as configured",
+                "`linear_heads_model` | model | 10 | 44.5 | as configured",
+                "`val_top1` | model | 20 | 31.5 | as configured", "`val_top1_ema` | ema | 20 | 32.5 | as configured"):  # fmt: skip
         assert f"| {row} |" in sections["Results"]
     assert (
         "Of the weights in this folder: `heldout_loss`, `knn_model`, `val_top1`. " in sections["Results"]
@@ -231,3 +234,18 @@ def test_where_nothing_may_be_written(runs: Mapping[str, Path], tmp_path: Path) 
 def test_restored_knows_what_its_checkpoint_says(runs: Mapping[str, Path]) -> None:
     found = restore(runs["mae"])
     assert found.state["image_set"] == "1d3a" and restore(runs["mae"], "untrained").state == {}
+
+
+def test_a_folder_that_was_cut_off_does_not_stand_in_the_way(
+    runs: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be written"):
+        patch.setattr(
+            "pipeline.export._write_config", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        )
+        export(runs["mae"], tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_text("cut")
+    export(runs["mae"], tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,56 @@ def test_a_full_disk_is_one_line_and_the_import_can_be_tried_again(
             import_mae(file, cfg)
     import_mae(file, cfg)
     assert json.loads((Path(cfg.run.dir) / "log.jsonl").read_text())["kind"] == "import"
+
+
+FOUR = torch.zeros(4)
+ODD = {"NaN": FOUR / 0, "int8": FOUR.to(torch.int8), "complex": FOUR.to(torch.complex64), "sparse": FOUR.to_sparse(),
+       "quantised": torch.quantize_per_tensor(FOUR, 1.0, 0, torch.qint8)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_dense_tensor_of_finite_floats_is_refused(kind: str, cfg: Config, save: Callable[..., Path]) -> None:
+    refused(save(weights_of(cfg) | {"norm.bias": ODD[kind]}), cfg, "norm.bias is no tensor of finite floats")
+
+
+def test_a_name_that_is_no_text_is_refused_and_an_import_cut_off_says_what_to_do(
+    cfg: Config, save: Callable[..., Path]
+) -> None:
+    refused(save({0: torch.zeros(2)}), cfg, "0 is no tensor of finite floats")
+    file = save(weights_of(cfg))
+    import_mae(file, cfg)
+    (Path(cfg.run.dir) / "log.jsonl").unlink()
+    with pytest.raises(UserError, match="without a log: an import that was cut off"):
+        import_mae(file, cfg)
+
+
+def test_a_checkpoint_that_goes_away_while_it_is_read_gives_way_to_the_next(
+    cfg: Config, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that trains meanwhile removes its old ones."""
+    import_mae(save(weights_of(cfg)), cfg)
+    folder = Path(cfg.run.dir) / "checkpoints"
+    (old,) = checkpoint.candidates(folder)
+    load = checkpoint.load
+
+    def removed(path: Path, tensors: dict[str, Tensor]) -> None:
+        if path == old:
+            shutil.copytree(old, folder / "step-00000001")
+            shutil.rmtree(old)
+        load(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "load", removed)
+    assert restore(Path(cfg.run.dir)).step == 0 and not old.exists()
+    monkeypatch.setattr(checkpoint, "load", Mock(side_effect=checkpoint.CheckpointError("does not fit")))
+    with pytest.raises(UserError, match="^does not fit$"):
+        restore(Path(cfg.run.dir))
+
+
+def test_ctrl_c_while_a_checkpoint_is_read_is_no_fault_of_it(
+    cfg: Config, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_mae(save(weights_of(cfg)), cfg)
+    reader = "torch.distributed.checkpoint.hf_storage.HuggingFaceStorageReader.read_data"
+    monkeypatch.setattr(reader, Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        restore(Path(cfg.run.dir))
