@@ -1,5 +1,6 @@
 """The command line: verbs to functions, nothing else. Everything heavy is imported by the verb that needs it."""
 
+import errno
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -290,7 +291,7 @@ def mae(
 @app.command()
 def sync(
     run: RunDir,
-    uri: Annotated[str | None, typer.Option(help="Another MLflow store than the run's own.")] = None,
+    uri: Annotated[str | None, typer.Option(help="Another MLflow store; it is the run's from then on.")] = None,
     encoder: Annotated[
         Weights | None,
         typer.Option(help="Also send the newest checkpoint's encoder with these weights as a model (ViT-L: 1.2 GB)."),
@@ -366,6 +367,8 @@ def _run() -> None:
     except Exception as error:
         from pipeline.config import RunFailed, UserError  # pydantic is not needed for --help
 
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            error = UserError(f"{error.filename}: the name is too long")
         if not isinstance(error, UserError | RunFailed):
             raise
         sys.stderr.write(f"patchmill: {error}\n")

@@ -11,8 +11,9 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
+from pipeline.config import UserError
 from pipeline.runlog import Record, replace_file
 
 STATE = "mlflow.json"
@@ -80,11 +81,14 @@ def only_writer(run_dir: Path) -> Iterator[None]:
 def load_state(run_dir: Path, **defaults: Any) -> Record:
     """``mlflow.json``; without one, what a new run starts with. ``key`` finds the run again in any store."""
     path = run_dir / STATE
-    if path.exists():
-        return cast(Record, json.loads(path.read_text()))
     new: Record = {"run_id": None, "experiment": "patchmill", "uri": None, "sent_step": -1, "key": uuid.uuid4().hex,
            "run_name": run_dir.resolve().name, "tags": {}, "inputs": []}  # fmt: skip
-    return {**new, **defaults}
+    if not path.exists():
+        return {**new, **defaults}
+    try:
+        return {**new, **json.loads(path.read_text())}
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: is damaged; remove it, then `patchmill sync --uri` sends the run anew") from None
 
 
 def save_state(run_dir: Path, state: Record) -> None:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pipeline.config import UserError, flatten, load_config
 from pipeline.mlflow_run import (
@@ -54,14 +54,25 @@ QUEUE_RECORDS = 10_000
 log = logging.getLogger("patchmill")
 
 
+SQLITE: Final = "sqlite:///"
+
+
+def store_beside(run_dir: Path) -> Path:
+    """The sqlite file beside a run folder; of a run in another's, such as a fine-tuning, beside that."""
+    folder = run_dir.resolve().parent
+    while (folder / "config.yaml").is_file():
+        folder = folder.parent
+    return folder / "mlflow.db"
+
+
 def resolve_uri(setting: str, run_dir: Path) -> str | None:
     """``tracking.uri`` in force: auto is MLFLOW_TRACKING_URI, else a sqlite file beside the run; none is None."""
     if setting == "none":
         return None
     if setting == "auto":
-        setting = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
-    if setting.startswith("sqlite:///"):
-        return f"sqlite:///{Path(setting.removeprefix('sqlite:///')).resolve()}"
+        setting = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{store_beside(run_dir)}"
+    if setting.startswith(SQLITE):
+        return f"{SQLITE}{Path(setting.removeprefix(SQLITE)).resolve()}"
     return setting
 
 
@@ -215,10 +226,12 @@ def _status_of(run_dir: Path, records: Sequence[Record]) -> str:
     why = run_dir / "why_stopped.json"
     if turns[-1:] != ["stop"] or not why.exists():
         return "KILLED"
-    stopped = json.loads(why.read_text())
-    if stopped["done"]:
-        return "FINISHED"
-    return "KILLED" if stopped["reason"].startswith("stopped by") else "FAILED"
+    try:
+        stopped = json.loads(why.read_text())
+        done, reason = stopped["done"], str(stopped["reason"])
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{why}: is damaged; remove it") from None
+    return "FINISHED" if done else "KILLED" if reason.startswith("stopped by") else "FAILED"
 
 
 def _replay(run_dir: Path, state: Record, uri: str, records: Sequence[Record], tags: Mapping[str, str],
@@ -265,11 +278,24 @@ def sync(run_dir: Path, uri: str | None = None, tags: Mapping[str, str] | None =
 
 
 def _known_store(run_dir: Path, state: Mapping[str, Any]) -> str | None:
-    """Where a run was sent, which is kept without user and password: with them while the settings still name that store."""
+    """Where a run was sent, which is kept without user and password: with them while the settings still name that store.
+
+    Raises UserError for a sqlite file that is gone, unless the one of the settings, such as one beside the run, is there.
+    """
     config = run_dir / "config.yaml"
     setting = resolve_uri(load_config([config]).tracking.uri, run_dir) if config.exists() else None
     sent = resolve_uri(state["uri"], run_dir) if state["uri"] else None
-    return setting if sent is None or (setting is not None and redact(setting) == sent) else sent
+    if sent is None or (setting is not None and redact(setting) == sent):
+        return setting
+    if state["run_id"] is not None and _is_gone(sent):
+        if setting is None or not setting.startswith(SQLITE) or _is_gone(setting):
+            raise UserError(f"{sent}: is not there any more, to which {run_dir} was sent; name a store with --uri")
+        return setting
+    return sent
+
+
+def _is_gone(uri: str) -> bool:
+    return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists()
 
 
 def nest(folder: Path, uri: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str],

@@ -127,7 +127,7 @@ def choose(method: str, kinds: Sequence[str]) -> Sequence[str]:
 def visualize(
     run_dir: Path, num_images: int, kinds: Sequence[str] = (), block: int | None = None, out: Path | None = None
 ) -> list[Path]:
-    """Draw pictures of the first images of data.val, or of data.train when there is none; returns the files.
+    """Draw pictures of images spread over data.val, or over data.train when there is none; returns the files.
 
     ``kinds`` of the method's, all by default; ``block``: whose attention, counted from 1, the last by default. They go to
     ``out``, or to the run's figures and the MLflow store that has the run. Raises UserError for a folder that is not a run
@@ -141,7 +141,7 @@ def visualize(
         raise UserError(f"--block {block}: the encoder has blocks 1 to {depth}")
     folder = run_dir / "figures" if out is None else out
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
+        raise UserError(f"{folder}: is a file; name a folder with --out")
     which: Literal["train", "val"] = "val" if cfg.data.val else "train"
     batch = _batch(restored, which, num_images)
     subject = Subject(restored, which, batch.images, method.draw(batch.keys, batch.batch_key), block)

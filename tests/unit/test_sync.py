@@ -186,14 +186,13 @@ def test_a_run_that_was_sent_is_sent_again_with_the_password_of_the_settings(
 ) -> None:
     store = closed_port.replace("//", "//me:s3cret@")
     write_config(tracking__uri=store)
-    state = {"uri": redact(store)}
+    state = {"uri": redact(store), "run_id": "1"}
     assert "s3cret" not in state["uri"] and tracking._known_store(run_dir, state) == store
-    assert tracking._known_store(run_dir, {"uri": "http://elsewhere:5000"}) == "http://elsewhere:5000"
-    assert tracking._known_store(run_dir, {"uri": None}) == store
+    assert tracking._known_store(run_dir, {"uri": "http://elsewhere:5000", "run_id": "1"}) == "http://elsewhere:5000"
+    assert tracking._known_store(run_dir, {"uri": None, "run_id": None}) == store
     write_config(tracking__uri="none")
-    assert (
-        tracking._known_store(run_dir, {"uri": None}) is None and tracking._known_store(run_dir, state) == state["uri"]
-    )
+    assert tracking._known_store(run_dir, {"uri": None, "run_id": None}) is None
+    assert tracking._known_store(run_dir, state) == state["uri"]
 
 
 def test_a_full_disk_is_not_said_to_be_mlflows(run_dir: Path) -> None:
@@ -246,3 +245,30 @@ def test_runs_are_nested_in_their_folder_s_whoever_sends_them(by_the_job: bool, 
 def test_a_store_that_does_not_answer_keeps_a_folder_from_being_queued(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be reached or refuses: .*; start it, or set tracking.uri"):
         nest(tmp_path, "http://127.0.0.1:9", "test", {}, {}, [])
+
+
+def test_a_store_that_went_away_is_not_made_anew_and_one_beside_the_run_is_taken(
+    run_dir: Path, write_config: Callable[..., object], tmp_path: Path
+) -> None:
+    write_config(tracking__uri="auto")
+    state = {"uri": f"sqlite:///{tmp_path}/gone/mlflow.db", "run_id": "1"}
+    with pytest.raises(UserError, match="gone/mlflow.db: is not there any more, to which .* name a store with --uri"):
+        tracking._known_store(run_dir, state)
+    (tmp_path / "mlflow.db").write_text("")
+    assert tracking._known_store(run_dir, state) == f"sqlite:///{tmp_path}/mlflow.db"
+    (run_dir / "finetune").mkdir()
+    assert resolve_uri("auto", run_dir / "finetune") == f"sqlite:///{tmp_path}/mlflow.db", (
+        "beside the run that it is of"
+    )
+
+
+@pytest.mark.parametrize("name", ["mlflow.json", "why_stopped.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_note_is_named(name: str, text: str, run_dir: Path, uri: str) -> None:
+    train(run_dir, None, 1, 1)
+    with RunLog(run_dir / LOG) as log:
+        log.write("start", step=0)
+        log.write("stop", step=1)
+    (run_dir / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}: is damaged"):
+        sync(run_dir, uri)
