@@ -111,17 +111,19 @@ class Run:
         """What the untrained encoders that compare with this one have in common with it: method, size, patch."""
         return f"{self.cfg.method.name} {self.cfg.model.name}/{self.cfg.shape.patch_size}"
 
-    def _is_other(self) -> bool:
-        """Whether the folder holds a run of other settings, whose results are not this one's."""
+    def check(self) -> None:
+        """Raises UserError when the folder holds a run of other settings, whose results are not this one's."""
         path = self.folder / CONFIG
-        return path.is_file() and bool(binding_differences(load_config([path]), self.cfg))
+        if path.is_file() and (other := binding_differences(load_config([path]), self.cfg)):
+            raise UserError(f"--folder {self.folder.parent}: {self.name} has other settings there: {'; '.join(other)}; give the "
+                            "changes of that queue (key=value), or another --folder")  # fmt: skip
 
     def score(self, probe: str, weights: str) -> float | None:
         """Top-1 in percent that a probe has found with the run's own settings, the newest; of trained weights at its end only."""
         name, step = f"{PROBES[probe][1]}_{weights}", self.steps if weights == "model" else 0
         found = [line[name] for line in self.records()
                  if line["kind"] == "eval" and line.get("step") == step and name in line and CHANGED not in line]  # fmt: skip
-        return found[-1] if found and not self._is_other() else None
+        return found[-1] if found else None
 
     def _probe(self, probe: str, weights: str) -> Command:
         words = ["eval", *PROBES[probe][0], str(self.folder), "--weights", weights]
@@ -137,7 +139,7 @@ class Run:
     def compression(self) -> list[Record]:
         """What `eval compression` has found last: ratio, gmacs, top1 and images_per_s of each drop ratio."""
         found = [line["compression"] for line in read_whole(self.classifier / LOG)[0] if "compression" in line]
-        return found[-1] if found and not self._is_other() else []
+        return found[-1] if found else []
 
     def _compress(self) -> list[Command]:
         tune = ("eval", "finetune", str(self.folder), "train.epochs=2")

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pipeline.bench.evidence_report import EvidenceRow, Score
+from pipeline.bench.evidence_report import EvidenceRow, Score, image_set
 from pipeline.compare_figure import COLOURS
 
 LABELS: Final = {"knn": "kNN top-1, %", "linear": "best linear head top-1, %", "exact": "softmax regression top-1, %"}
@@ -69,6 +69,7 @@ def draw(rows: Sequence[EvidenceRow]) -> Figure:
     entries.append(Line2D([], [], color="0.35", ls="--", lw=1, label="raw pixels"))
     figure.legend(handles=entries, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.suptitle(
-        "CIFAR-10, frozen encoders: a point a seed, a bar their mean; untrained encoders are hollow", fontsize=10
+        f"{image_set(rows)}, frozen encoders: a point a seed, a bar their mean; untrained encoders are hollow",
+        fontsize=10,
     )
     return figure

@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.bench.evidence import COMPRESSED, Run
+from pipeline.bench.evidence import COMPRESSED, PROBES, Run
 from pipeline.bench.evidence_report import PIXELS, Compressed, EvidenceRow, Score, untrained, with_gains
 from pipeline.config import UserError
 
@@ -38,8 +38,11 @@ class Report:
         """Raises UserError when it cannot be read or is no report of the evidence."""
         try:
             found = json.loads(path.read_text())
+            rows = TypeAdapter(list[EvidenceRow]).validate_python(found["rows"])
+            if any(set(row.scores) != set(PROBES) for row in rows):
+                raise ValueError("other probes")
             return cls(
-                TypeAdapter(list[EvidenceRow]).validate_python(found["rows"]),
+                rows,
                 TypeAdapter(list[Compressed]).validate_python(found["compression"]),
                 TypeAdapter(list[int]).validate_python(found["seeds"]),
                 {name: found[name] for name in WHERE},

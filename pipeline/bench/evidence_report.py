@@ -220,11 +220,16 @@ def compressed(runs: Sequence[Run]) -> list[Compressed]:
     ]
 
 
+def image_set(rows: Sequence[EvidenceRow]) -> str:
+    """What was learned and tested, as titles say it."""
+    return "Generated images" if any("data.loader=synthetic" in row.settings for row in rows) else "CIFAR-10"
+
+
 def table(rows: Sequence[EvidenceRow]) -> Table:
     """For the terminal."""
     seeds = sorted({seed for row in rows for score in row.scores.values() for seed in score.by_seed})
     spread = "means over seeds {} ± half their range" if len(seeds) > 1 else "seed {}"
-    found = Table(title=f"CIFAR-10 top-1 %, 10 classes: {spread.format(', '.join(map(str, seeds)))}")
+    found = Table(title=f"{image_set(rows)}, top-1 %: {spread.format(', '.join(map(str, seeds)))}")
     found.add_column("row", no_wrap=True)
     for heading in ("images", "FLOPs", "CPU s", "kNN", "linear", "exact", "kNN gain", "linear gain", "exact gain"):
         found.add_column(heading, justify="right")
@@ -239,8 +244,8 @@ def show(rows: Sequence[EvidenceRow], ratios: Sequence[Compressed]) -> None:
     """Print the table, what became of the papers' orderings, and PCAE's compression."""
     console = Console(width=max(150, Console().width))
     console.print(table(rows))
-    console.print("gain: trained minus the same encoder untrained, seed by seed. A figure's standard error from 10,000 test "
-                  "images alone is 0.5 points.", soft_wrap=True, highlight=False)  # fmt: skip
+    console.print("gain: trained minus the same encoder untrained, seed by seed. A figure's standard error from CIFAR-10's 10,000 "
+                  "test images alone is 0.5 points.", soft_wrap=True, highlight=False)  # fmt: skip
     for ordering in orderings(rows):
         console.print(f"  {ordering}", soft_wrap=True, highlight=False)
     if ratios:

@@ -8,12 +8,13 @@ from typing import Any
 
 import typer
 
+from pipeline.asked import require_writable, write_asked
 from pipeline.bench.evidence import Run, describe, parse_seeds, plan, rows
 from pipeline.bench.evidence_data import find_images, image_sets, pack, packed
 from pipeline.bench.evidence_merge import Report, merged, merged_compression
 from pipeline.bench.evidence_queue import Outcome, Queue, locked
 from pipeline.bench.evidence_report import Compressed, EvidenceRow, compressed, orderings, show, summarise, trained_with
-from pipeline.bench.report import check_out, write_report
+from pipeline.bench.report import write_report
 from pipeline.config import UserError
 from pipeline.metrics import Progress, setup_logging
 from pipeline.stop import StopRequest
@@ -82,7 +83,7 @@ def _write(out: Path, found: _Found, runs: Sequence[Run], folder: Path) -> None:
         orderings=told,
         compression=[asdict(row) for row in found.compression],
     )
-    out.with_suffix(".png").write_bytes(encode(draw(found.rows), ".png"))
+    write_asked(out.with_suffix(".png"), encode(draw(found.rows), ".png"), "--out")
 
 
 def run(options: Options) -> int:
@@ -91,12 +92,12 @@ def run(options: Options) -> int:
     Raises UserError for a wrong option, missing images, or a report of nothing.
     """
     setup_logging(None)
-    check_out(options.out)
-    if options.out is not None and options.out.suffix != ".json":
-        raise UserError(f"--out {options.out}: the name must end in .json; the figure goes beside it as .png")
+    require_writable(options.out, "--out", (".json",))  # the figure goes beside it as .png
     runs = plan(options.folder, rows(options.only, options.changes), parse_seeds(options.seeds))
     others = [Report.read(path) for path in options.others]
     runs = [run for run in runs if all(other.lacks(run) for other in others)]
+    for run in runs:
+        run.check()
     if options.dry_run:
         typer.echo(describe(options.folder, runs, options.jobs))
         return 0

@@ -150,6 +150,16 @@ def test_a_row_of_other_settings_is_refused_before_any_work(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_report_of_other_probes_is_refused(tmp_path):
+    written(only_seed(tmp_path / "a", 0), "0", tmp_path / "a.json")
+    found = json.loads((tmp_path / "a.json").read_text())
+    for one in found["rows"]:
+        del one["scores"]["exact"]
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="a.json: is no report"):
+        Report.read(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
