@@ -248,8 +248,9 @@ def test_a_store_that_does_not_answer_keeps_a_folder_from_being_queued(tmp_path:
 
 
 def test_a_store_that_went_away_is_not_made_anew_and_one_beside_the_run_is_taken(
-    run_dir: Path, write_config: Callable[..., object], tmp_path: Path
+    run_dir: Path, write_config: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # mlflow's own client sets it in this process
     write_config(tracking__uri="auto")
     state = {"uri": f"sqlite:///{tmp_path}/gone/mlflow.db", "run_id": "1"}
     with pytest.raises(UserError, match="gone/mlflow.db: is not there any more, to which .* name a store with --uri"):
