@@ -114,7 +114,7 @@ class Run:
     def check(self) -> None:
         """Raises UserError when the folder holds a run of other settings, whose results are not this one's."""
         path = self.folder / CONFIG
-        if path.is_file() and (other := binding_differences(load_config([path]), self.cfg)):
+        if path.is_file() and self.records() and (other := binding_differences(load_config([path]), self.cfg)):
             raise UserError(f"--folder {self.folder.parent}: {self.name} has other settings there: {'; '.join(other)}; give the "
                             "changes of that queue (key=value), or another --folder")  # fmt: skip
 

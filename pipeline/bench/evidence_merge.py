@@ -63,7 +63,7 @@ class Report:
             return True
         if (row.settings, row.images, row.flops) != (list(run.row.settings), run.images, run.flops):
             raise UserError(
-                f"{row.name} was run with other settings there: {shlex.join(row.settings)}, {row.images} images; "
+                f"--with: {row.name} was run with other settings there: {shlex.join(row.settings)}, {row.images} images; "
                 f"not {shlex.join(run.row.settings)}, {run.images} images"
             )
         names = {"model": row.name, "untrained": untrained(run.encoder), "pixels": PIXELS}
