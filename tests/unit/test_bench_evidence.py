@@ -216,6 +216,8 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path, st
             UserError, match="mae-seed0 has other settings there: train.global_batch = 64 .not 32.; give the"
         ):
             run(options(tmp_path, only=("mae",), changes=(*SHORT, "train.global_batch=32"), **how))
+    (tmp_path / "mae-seed0" / "log.jsonl").unlink()  # as a start leaves it that was refused
+    assert run(options(tmp_path, only=("mae",), changes=(*SHORT, "train.global_batch=32"), dry_run=True)) == 0
 
 
 def scored(folder: Path, scores: dict[str, list[float]]) -> list[Run]:
