@@ -184,3 +184,17 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
         done = subprocess.run([*words, change], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("patchmill: ") == 1
         assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_torchrun_starts_the_same(tmp_path: Path, engine: str) -> None:
+    run = make_run(tmp_path / "run")
+    words = ["eval", "linear", "--mae", "--weights", "untrained", str(run)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipeline"]
+    done = subprocess.run([*torchrun, *words, f"engine.name={engine}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(run / "probes")
+    assert (
+        done.stdout == subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True).stdout
+    )

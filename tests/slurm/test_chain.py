@@ -1,6 +1,7 @@
 """Chains on the cluster: packing, training and probes come one after another, or are cancelled with the reason."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,11 @@ def test_a_run_is_fine_tuned_by_the_processes_of_a_job_of_its_own(cluster: Clust
     said, tuned = ends(cluster, finished), finished / "finetune"
     assert lines(tuned, "start")[0]["processes"] == 2 and len(lines(tuned, "train")) == 4
     assert f"done, {lines(tuned, 'eval')[-1]['val_top1']:.2f} % top-1" in said, said
+
+
+@pytest.mark.slow
+def test_probes_that_srun_starts_on_two_hosts_find_what_one_process_does(cluster: Cluster, finished: Path) -> None:
+    hosts = ["srun", "-N2", "--ntasks-per-node=2", "--mem=6G", sys.executable, "-m", "pipeline", "eval"]
+    for probe in (["knn", "--k", "3"], ["linear"], ["linear", "--exact"]):
+        apart = cluster.run(*hosts, *probe, str(finished), "engine/ddp", timeout=300)
+        assert "%" in apart and apart in patchmill("eval", *probe, str(finished)), apart
