@@ -113,3 +113,25 @@ def test_probes_that_srun_starts_on_two_hosts_find_what_one_process_does(cluster
     for probe in (["knn", "--k", "3"], ["linear"], ["linear", "--exact"]):
         apart = cluster.run(*hosts, *probe, str(finished), "engine/ddp", timeout=300)
         assert "%" in apart and apart in patchmill("eval", *probe, str(finished)), apart
+
+
+@pytest.mark.slow
+def test_signals_of_a_run_that_srun_starts_on_two_hosts_are_those_of_one_process(
+    cluster: Cluster, finished: Path
+) -> None:
+    """Weights that stay as they were, so that only the signals could differ."""
+    folder, found = finished.parents[1], []
+    data = f"data.train={folder}/good.beton", f"data.val={folder}/good-val.beton", "tracking.uri=none"
+    more = "eval.online_every=1", "eval.knn_k=3", "optim.base_lr=1e-30", "optim.weight_decay=0.0"
+    patchmill("train", *settings(folder, "alone", *data, *more))
+    hosts = ["srun", "-N2", "--ntasks-per-node=2", "--mem=6G", sys.executable, "-m", "pipeline", "train"]
+    cluster.run(*hosts, *settings(folder, "apart", *data, *more), "engine/fsdp2", timeout=300)
+    for run in ("alone", "apart"):
+        rows = lines(folder / "runs" / run, "eval")
+        found.append(
+            [
+                [row[key] for key in ("step", "online_knn", "effective_rank", "mean_cosine", "online_images")]
+                for row in rows
+            ]
+        )
+    assert found[0] == found[1] and [row[0] for row in found[0]] == [2, 4]
