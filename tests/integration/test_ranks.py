@@ -75,6 +75,7 @@ def undisturbed(tmp_path_factory) -> list[tuple[float, ...]]:
     return rows
 
 
+@pytest.mark.slow  # tests/slurm does the same on two hosts
 def test_ddp_on_four_ranks_restarts_bit_equal_after_a_killed_rank_and_a_signal(undisturbed, tmp_path):
     run, more = tmp_path / "run", ("engine.name=ddp", "--nproc", "4")
     process = start(run, *more)

@@ -69,6 +69,7 @@ def test_a_requeued_job_runs_again_when_it_is_released(cluster: Cluster, tmp_pat
     assert [line for line in out.read_text().splitlines() if line.startswith("run")] == ["run 0", "run 1"]
 
 
+@pytest.mark.slow
 def test_a_job_of_low_is_told_and_then_gives_way_to_one_of_high(cluster: Cluster, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = "trap 'echo told' USR2; echo runs; while :; do sleep 1; done"
@@ -105,6 +106,7 @@ def test_a_pulled_cable_cuts_a_node_off(cluster: Cluster) -> None:
     reach("n2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cause", ["power", "network"])
 def test_the_job_of_a_lost_node_is_requeued_and_done_when_it_is_back(
     cluster: Cluster, tmp_path: Path, cause: str
